@@ -1,0 +1,53 @@
+// Python module bitjax._ffi: the custom calls' capsules, kernel introspection and the format's
+// constants. Used by bitjax/ops/ffi.py alone.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "dispatch.h"
+#include "handlers.h"
+#include "kernel.h"
+#include "packed_format.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+nb::dict registrations() {
+  nb::dict result;
+  for (const bitjax::Registration& entry : bitjax::kRegistrations)
+    result[entry.name] = nb::capsule(reinterpret_cast<void*>(entry.handler));
+  return result;
+}
+
+nb::dict kernel_calls() {
+  nb::dict result;
+  for (const auto& [name, count] : bitjax::kernel_calls()) result[name.c_str()] = count;
+  return result;
+}
+
+}  // namespace
+
+NB_MODULE(_ffi, m) {
+  m.def("registrations", &registrations, "Custom call name -> handler capsule, platform cpu.");
+  m.def("kernels_compiled", &bitjax::compiled_kernels, "Names, fastest first.");
+  m.def("kernels_available", &bitjax::available_kernels, "Those this machine can run.");
+  m.def(
+      "active_kernel", [] { return std::string(bitjax::active_kernel().name); },
+      "The kernel that products use now.");
+  m.def(
+      "force_kernel",
+      [](const std::optional<std::string>& name) {
+        if (name && name->empty()) throw nb::value_error("force_kernel: empty name; use None");
+        bitjax::force_kernel(name.value_or(""));
+      },
+      nb::arg("name").none(), "Force a kernel by name for the whole process; None lifts the force.");
+  m.def("kernel_calls", &kernel_calls, "Products run so far by each compiled kernel.");
+  m.attr("FORMAT_VERSION") = bitjax::kFormatVersion;
+  m.attr("BLOCK_ROWS") = bitjax::kBlockRows;
+  m.attr("BLOCK_INPUTS") = bitjax::kBlockInputs;
+  m.attr("BLOCK_BYTES") = bitjax::kBlockBytes;
+  m.attr("MAX_INPUTS") = bitjax::kMaxInputs;
+}

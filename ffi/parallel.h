@@ -1,0 +1,94 @@
+// A loop over independent chunks, shared by the calling thread and a pool's threads.
+//
+// The calling thread and the scheduled helpers claim chunk numbers from one atomic counter. The
+// caller claims until none is left and then waits for chunks that helpers have claimed, and for
+// nothing else; so it returns even when the pool never runs a helper (a pool of one thread, a pool
+// busy with other calls, a call made from the pool itself), and no pool thread ever waits. A helper
+// that starts after the call has returned finds no chunk left: it touches only the shared state,
+// which it keeps alive, and never the body or the buffers behind it.
+#ifndef BITJAX_FFI_PARALLEL_H_
+#define BITJAX_FFI_PARALLEL_H_
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+
+namespace bitjax {
+
+// Polls of the counter before the caller sleeps: some 10 us, about a chunk's length, because a sleep
+// and a wake-up cost as much as that.
+constexpr int kSpinPolls = 2000;
+
+inline void spin_pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+template <typename Body>
+class ChunkedLoop {
+ public:
+  ChunkedLoop(int64_t chunks, const Body* body) : chunks_(chunks), body_(body) {}
+
+  // Runs chunks until none is left to claim.
+  void work() noexcept {
+    for (;;) {
+      const int64_t chunk = next_.fetch_add(1, std::memory_order_relaxed);
+      if (chunk >= chunks_) return;
+      (*body_)(chunk);
+      // The release publishes the chunk's outputs to the caller's acquire in wait().
+      if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == chunks_) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        all_done_.notify_all();
+      }
+    }
+  }
+
+  // Returns when every chunk has run; call it after work(), when all of them are claimed.
+  void wait() noexcept {
+    for (int i = 0; i < kSpinPolls; ++i) {
+      if (finished()) return;
+      spin_pause();
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    all_done_.wait(lock, [this] { return finished(); });
+  }
+
+ private:
+  bool finished() const { return done_.load(std::memory_order_acquire) == chunks_; }
+
+  const int64_t chunks_;
+  const Body* const body_;  // the caller's; alive while any chunk is unfinished
+  std::atomic<int64_t> next_{0};
+  std::atomic<int64_t> done_{0};
+  std::mutex mutex_;
+  std::condition_variable all_done_;
+};
+
+// Runs body(chunk) for every chunk in [0, chunks). body must not throw. Pool offers num_threads()
+// and Schedule(callable). When helpers cannot be scheduled the caller does the work alone.
+template <typename Pool, typename Body>
+void parallel_for(Pool& pool, int64_t chunks, const Body& body) {
+  const int64_t threads = pool.num_threads();
+  const int64_t helpers = (threads < chunks ? threads : chunks) - 1;
+  if (helpers <= 0) {
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) body(chunk);
+    return;
+  }
+  const auto loop = std::make_shared<ChunkedLoop<Body>>(chunks, &body);
+  try {
+    for (int64_t i = 0; i < helpers; ++i) pool.Schedule([loop] { loop->work(); });
+  } catch (...) {
+    // Fewer helpers; those that were scheduled may be running, so the loop must still be finished.
+  }
+  loop->work();
+  loop->wait();
+}
+
+}  // namespace bitjax
+
+#endif  // BITJAX_FFI_PARALLEL_H_
