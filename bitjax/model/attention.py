@@ -1,0 +1,89 @@
+"""Causal grouped-query attention with rotary positions, and its KV cache."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bitjax.config import ModelConfig
+from bitjax.model.layers import BitLinear, RMSNorm, rotary
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of one layer, `[B, S, G, h]` each; slot s holds the token at position s.
+
+    Slots at or beyond a sequence's length may hold anything: attention at position p reads slots
+    0..p only, and each position is written before it is read.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+    @classmethod
+    def empty(cls, batch: int, length: int, config: ModelConfig, dtype: jnp.dtype) -> KVCache:
+        """A zeroed cache for `batch` sequences of up to `length` tokens."""
+        shape = (batch, length, config.num_kv_heads, config.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def write(self, keys: jax.Array, values: jax.Array, positions_BxT: jax.Array) -> KVCache:
+        """A cache with `[B, T, G, h]` keys and values stored at their positions."""
+        rows_Bx1 = jnp.arange(positions_BxT.shape[0])[:, None]
+        return KVCache(
+            self.keys.at[rows_Bx1, positions_BxT].set(keys.astype(self.keys.dtype)),
+            self.values.at[rows_Bx1, positions_BxT].set(values.astype(self.values.dtype)),
+        )
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (arXiv 2305.13245); SubLN before the output projection."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        D, H, G, h = (
+            config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim,
+        )  # fmt: skip
+        self.q = BitLinear(D, H * h, config, rngs=rngs)
+        self.k = BitLinear(D, G * h, config, rngs=rngs)
+        self.v = BitLinear(D, G * h, config, rngs=rngs)
+        self.sub_norm = RMSNorm(H * h, config.norm_eps) if config.sub_norm else None
+        self.o = BitLinear(H * h, D, config, rngs=rngs)
+        self.config = config
+
+    def __call__(
+        self, x_BxTxD: jax.Array, positions_BxT: jax.Array, cache: KVCache | None = None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Attend to positions up to each token's own.
+
+        Args:
+            x_BxTxD: inputs.
+            positions_BxT: int32, each token's position; without a cache they must be 0..T-1.
+            cache: earlier keys and values; the new ones are written to it before attention.
+
+        Returns:
+            `[B, T, D]` and the updated cache (None without one).
+        """
+        config = self.config
+        B, T, _ = x_BxTxD.shape
+        G, h = config.num_kv_heads, config.head_dim
+        groups = config.num_heads // G
+        q = rotary(self.q(x_BxTxD).reshape(B, T, -1, h), positions_BxT, config.rope_theta)
+        k = rotary(self.k(x_BxTxD).reshape(B, T, G, h), positions_BxT, config.rope_theta)
+        v = self.v(x_BxTxD).reshape(B, T, G, h)
+        if cache is not None:
+            cache = cache.write(k, v, positions_BxT)
+            k, v = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)
+        scores = jnp.einsum(
+            "BTGgh,BSGh->BGgTS", q.reshape(B, T, G, groups, h) * h**-0.5, k,
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        visible_BxTxS = jnp.arange(k.shape[1])[None, None, :] <= positions_BxT[:, :, None]
+        scores = jnp.where(visible_BxTxS[:, None, None], scores, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        mixed = jnp.einsum("BGgTS,BSGh->BTGgh", weights, v).reshape(B, T, -1)
+        if self.sub_norm is not None:
+            mixed = self.sub_norm(mixed)
+        return self.o(mixed), cache

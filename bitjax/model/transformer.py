@@ -1,0 +1,135 @@
+"""The decoder-only Transformer of BitNet b1.58 and its full-precision twin.
+
+One definition serves training, evaluation and packed inference: what its BitLinear layers hold
+decides (see `bitjax.model.layers`). Embedding, norms and head stay in full precision.
+
+Layers are unrolled rather than scanned: a scan over stacked packed weights would copy them at
+every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bitjax.config import ModelConfig
+from bitjax.model.attention import Attention, KVCache
+from bitjax.model.layers import BitLinear, FeedForward, RMSNorm
+
+Cache = tuple[KVCache, ...]  # one per layer
+
+
+class Block(nnx.Module):
+    """`x + attention(norm(x))`, then `x + ffn(norm(x))`; no pre-norms with `inner_norm`."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        def pre_norm() -> RMSNorm | None:
+            return None if config.inner_norm else RMSNorm(config.hidden_size, config.norm_eps)
+
+        self.attention_norm = pre_norm()
+        self.attention = Attention(config, rngs=rngs)
+        self.ffn_norm = pre_norm()
+        self.ffn = FeedForward(config, rngs=rngs)
+
+    def __call__(
+        self, x_BxTxD: jax.Array, positions_BxT: jax.Array, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Returns `[B, T, D]` and the updated cache."""
+        normed = self.attention_norm(x_BxTxD) if self.attention_norm is not None else x_BxTxD
+        attended, cache = self.attention(normed, positions_BxT, cache)
+        x_BxTxD = x_BxTxD + attended
+        normed = self.ffn_norm(x_BxTxD) if self.ffn_norm is not None else x_BxTxD
+        return x_BxTxD + self.ffn(normed), cache
+
+
+class Transformer(nnx.Module):
+    """A language model over `config.vocab_size` tokens.
+
+    Args:
+        config: the shape and number formats.
+        rngs: source of the initial weights (stream "params").
+        dtype: of activations, float32 or bfloat16; master weights are float32.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: str | jnp.dtype = "float32"
+    ) -> None:
+        def table() -> jax.Array:
+            shape = (config.vocab_size, config.hidden_size)
+            return config.init_std * jax.random.normal(rngs.params(), shape)
+
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.embedding = nnx.Param(table())
+        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = None if config.tie_embeddings else nnx.Param(table())
+
+    def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
+        """Float32 logits `[B, T, V]` of the token after each position, without a cache."""
+        positions_BxT = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)
+        hidden_BxTxD, _ = self.extend(tokens_BxT, positions_BxT, None)
+        return self.logits(hidden_BxTxD)
+
+    def extend(
+        self, tokens_BxT: jax.Array, positions_BxT: jax.Array, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Run tokens at the given positions, reading and extending the cache.
+
+        Returns:
+            Final normed hidden states `[B, T, D]` and the updated cache.
+
+        Raises:
+            ValueError: tokens that are not int32 `[B, T]`, or positions of another shape.
+        """
+        if tokens_BxT.ndim != 2 or not jnp.issubdtype(tokens_BxT.dtype, jnp.integer):
+            raise ValueError(
+                f"tokens must be integers [B, T]; got {tokens_BxT.dtype}{list(tokens_BxT.shape)}"
+            )
+        if positions_BxT.shape != tokens_BxT.shape:
+            raise ValueError(
+                f"positions have shape {positions_BxT.shape}; tokens have {tokens_BxT.shape}"
+            )
+        x_BxTxD = self.embedding[...][tokens_BxT].astype(self.dtype)
+        updated = []
+        for i, block in enumerate(self.blocks):
+            x_BxTxD, layer_cache = block(x_BxTxD, positions_BxT, None if cache is None else cache[i])
+            updated.append(layer_cache)
+        return self.norm(x_BxTxD), None if cache is None else tuple(updated)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Float32 `[..., V]` from final hidden states `[..., D]`."""
+        table_VxD = (self.embedding if self.head is None else self.head)[...].astype(self.dtype)
+        return jax.lax.dot_general(
+            hidden, table_VxD, (((hidden.ndim - 1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """A KV cache for `batch` sequences of up to `length` tokens, in the model's dtype."""
+        return tuple(
+            KVCache.empty(batch, length, self.config, self.dtype)
+            for _ in range(self.config.num_layers)
+        )
+
+
+def bit_linears(model: Transformer) -> Iterator[tuple[str, BitLinear]]:
+    """Every BitLinear with its dotted path, in a fixed order: `blocks.0.attention.q`, ..."""
+    for i, block in enumerate(model.blocks):
+        for part, names in (("attention", "qkvo"), ("ffn", ("gate", "up", "down"))):
+            for name in names:
+                yield f"blocks.{i}.{part}.{name}", getattr(getattr(block, part), name)
+
+
+def abstract_model(config: ModelConfig, dtype: str = "float32") -> Transformer:
+    """The model with shapes in place of arrays: nothing is allocated or computed."""
+    return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype))
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Number of parameters, embedding and head included (once if tied)."""
+    state = nnx.state(abstract_model(config), nnx.Param)
+    return sum(leaf.size for leaf in jax.tree.leaves(state))

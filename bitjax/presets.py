@@ -1,0 +1,56 @@
+"""Named model shapes: published ternary models, and the sizes bitnet.cpp is benchmarked at.
+
+`MODELS[name]` is a `ModelConfig`; `.full_precision_twin()` gives the same shape in float.
+"""
+
+from __future__ import annotations
+
+from bitjax.config import ModelConfig
+
+
+def _b158(hidden: int, intermediate: int, heads: int, layers: int) -> ModelConfig:
+    """BitNet b1.58 (arXiv 2402.17764; training tips, table 1; checkpoints of 1bitLLM)."""
+    return ModelConfig(
+        vocab_size=32_002, hidden_size=hidden, intermediate_size=intermediate,
+        num_layers=layers, num_heads=heads, num_kv_heads=heads, head_dim=hidden // heads,
+        max_seq_len=2048, activation="silu", sub_norm=True, tie_embeddings=True,
+    )  # fmt: skip
+
+
+def _bitnet_cpp(hidden: int, intermediate: int, heads: int, layers: int) -> ModelConfig:
+    """Benchmark sizes of bitnet.cpp (microsoft/BitNet, utils/generate-dummy-bitnet-model.py)."""
+    return ModelConfig(
+        vocab_size=32_000, hidden_size=hidden, intermediate_size=intermediate,
+        num_layers=layers, num_heads=heads, num_kv_heads=heads, head_dim=hidden // heads,
+        max_seq_len=2048, activation="silu", sub_norm=True, tie_embeddings=True,
+    )  # fmt: skip
+
+
+MODELS: dict[str, ModelConfig] = {
+    "b1.58-700m": _b158(1536, 4096, 24, 24),
+    "b1.58-1.3b": _b158(2048, 5460, 32, 24),
+    "b1.58-3b": _b158(3200, 8640, 32, 26),
+    "b1.58-3.9b": _b158(3200, 12_800, 32, 26),
+    # BitNet b1.58 2B4T, arXiv 2504.12285
+    "b1.58-2b4t": ModelConfig(
+        vocab_size=128_256, hidden_size=2560, intermediate_size=6912, num_layers=30,
+        num_heads=20, num_kv_heads=5, head_dim=128, max_seq_len=4096, activation="relu2",
+        sub_norm=True, tie_embeddings=True, rope_theta=500_000.0,
+    ),
+    # Llama-shaped: no sub-norms, separate head
+    "llama3-8b-1.58": ModelConfig(
+        vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_layers=32,
+        num_heads=32, num_kv_heads=8, head_dim=128, max_seq_len=8192, activation="silu",
+        sub_norm=False, tie_embeddings=False, rope_theta=500_000.0,
+    ),
+    "falcon3-10b-1.58": ModelConfig(
+        vocab_size=131_072, hidden_size=3072, intermediate_size=23_040, num_layers=40,
+        num_heads=12, num_kv_heads=4, head_dim=256, max_seq_len=32_768, activation="silu",
+        sub_norm=False, tie_embeddings=False, rope_theta=1_000_042.0, norm_eps=1e-6,
+    ),
+    "7b": _bitnet_cpp(4096, 12_032, 32, 32),
+    "13b": _bitnet_cpp(5120, 13_824, 40, 40),
+    "30b": _bitnet_cpp(6656, 16_384, 52, 60),
+    "70b": _bitnet_cpp(8192, 24_576, 64, 80),
+    "100b": _bitnet_cpp(8192, 45_568, 64, 72),
+}  # fmt: skip

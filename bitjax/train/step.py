@@ -1,0 +1,98 @@
+"""The pure training step: (state, batch) -> (state, metrics), and the loss it descends."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from bitjax.config import RunConfig
+from bitjax.model import Transformer
+from bitjax.train.optimizer import learning_rate, make_optimizer
+
+Params = nnx.State
+Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything a step changes: a pytree.
+
+    Attributes:
+        step: int32 scalar, steps done.
+        params: float32 master weights.
+        opt_state: of the optax chain.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+
+
+def cross_entropy(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
+    """Mean next-token cross-entropy in nats, float32."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BxTxV, targets_BxT).mean()
+
+
+class Trainer:
+    """The compiled functions of one run configuration; holds no training state."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        model = self._model()
+        self.graph = nnx.graphdef(model)
+        self.optimizer = make_optimizer(config.optimizer, config.train.steps)
+        self.learning_rate = learning_rate(config.optimizer, config.train.steps)
+        self.step: Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]] = jax.jit(
+            self._step, donate_argnums=0
+        )
+        self.loss: Callable[[Params, jax.Array], jax.Array] = jax.jit(self._loss)
+
+    def _model(self) -> Transformer:
+        train = self.config.train
+        return Transformer(
+            self.config.model, rngs=nnx.Rngs(params=train.seed), dtype=train.compute_dtype
+        )
+
+    def init(self) -> TrainState:
+        """The state before the first step, a function of the seed alone."""
+        params = nnx.state(self._model(), nnx.Param)
+        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
+
+    def model(self, params: Params) -> Transformer:
+        """The model with these parameters."""
+        return nnx.merge(self.graph, params)
+
+    def _loss(self, params: Params, batch_BxT1: jax.Array) -> jax.Array:
+        logits = self.model(params)(batch_BxT1[:, :-1])
+        return cross_entropy(logits, batch_BxT1[:, 1:])
+
+    def _gradients(self, params: Params, batch_BxT1: jax.Array) -> tuple[jax.Array, Params]:
+        """Loss and gradients of the whole batch, in `accumulate` equal parts."""
+        parts = self.config.train.accumulate
+        if parts == 1:
+            return jax.value_and_grad(self._loss)(params, batch_BxT1)
+
+        def add(total: Any, part: jax.Array) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(self._loss)(params, part)), None
+
+        zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+        total, _ = jax.lax.scan(add, zeros, batch_BxT1.reshape(parts, -1, batch_BxT1.shape[1]))
+        return jax.tree.map(lambda x: x / parts, total)
+
+    def _step(self, state: TrainState, batch_BxT1: jax.Array) -> tuple[TrainState, Metrics]:
+        loss, gradients = self._gradients(state.params, batch_BxT1)
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss,
+            "gradient_norm": optax.global_norm(gradients),
+            "learning_rate": self.learning_rate(state.step),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
