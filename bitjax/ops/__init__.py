@@ -35,7 +35,7 @@ def ternary_matmul(x: jax.Array, weights: PackedTernary, impl: Impl = "auto") ->
 
     Raises:
         ValueError: K differs from `weights.cols`, an unsupported dtype, or an unknown `impl`.
-        RuntimeError: `impl="ffi"` without the extension.
+        ModuleNotFoundError: `impl="ffi"` without the extension.
     """
     if x.ndim < 1 or x.shape[-1] != weights.cols:
         raise ValueError(

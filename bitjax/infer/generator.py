@@ -1,0 +1,269 @@
+"""Text generation: one prefill, then one compiled decode step reused for every token.
+
+Prompts are padded on the right to a power of two, so that few prefill programs are ever compiled;
+each sequence has its own length and position. The KV cache is allocated once and donated from
+step to step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from bitjax.infer.sampling import SamplingArrays, SamplingParams, sample
+from bitjax.model import Cache, Transformer
+from bitjax.tokenizer import ByteTokenizer
+
+SMALLEST_PROMPT_BUCKET = 16  # tokens; shorter prompts are padded to it
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """What a decode step reads and replaces: a pytree, donated.
+
+    Attributes:
+        cache: keys and values of all positions before `positions_B`.
+        tokens_B: int32, the last token drawn, not yet in the cache.
+        positions_B: int32, its position.
+        seen_BxV: bool, tokens of the prompt and the text so far.
+    """
+
+    cache: Cache
+    tokens_B: jax.Array
+    positions_B: jax.Array
+    seen_BxV: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One generated text.
+
+    Attributes:
+        prompt, text: the text does not repeat the prompt, nor hold the stop string.
+        tokens: generated, the stop string's included.
+        finish_reason: "stop" (a stop string) or "length".
+        prefill_seconds, decode_seconds: of the batch it was generated in.
+        tokens_per_second: of this sequence while decoding; the first token belongs to the prefill.
+    """
+
+    prompt: str
+    text: str
+    tokens: int
+    finish_reason: str
+    prefill_seconds: float
+    decode_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding rate of this sequence; 0 when only the prefill's token was generated."""
+        return (self.tokens - 1) / self.decode_seconds if self.tokens > 1 else 0.0
+
+
+class Generator:
+    """Generates text from a float or packed model.
+
+    Args:
+        model: any Transformer; its parameters are passed to the compiled functions as arguments,
+            so packed weights are used in place.
+    """
+
+    def __init__(self, model: Transformer) -> None:
+        self.tokenizer = ByteTokenizer()
+        self.config = model.config
+        graph, params = nnx.split(model)
+        self._params = params
+        self._prefill = jax.jit(functools.partial(_prefill, graph), donate_argnums=3)
+        self._decode = jax.jit(functools.partial(_decode, graph), donate_argnums=1)
+        self._empty_cache = model.empty_cache
+
+    def stream(self, prompt: str, params: SamplingParams | None = None) -> Stream:
+        """Generate from one prompt, piece by piece.
+
+        Raises:
+            ValueError: an empty prompt, or one that leaves no room in the context.
+        """
+        return Stream(self, prompt, params or SamplingParams())
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """Complete several prompts together.
+
+        Args:
+            prompts: one or more.
+            params: for all of them, or one for each.
+
+        Raises:
+            ValueError: as `stream`; or numbers of prompts and params that differ.
+        """
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts, but {len(params)} sampling parameters")
+        if not prompts:
+            return []
+        writers = [_TextWriter(self.tokenizer, p, self._room(t, p)) for t, p in zip(
+            prompts, params, strict=True
+        )]  # fmt: skip
+        started = first = time.perf_counter()
+        for tokens_B in self._tokens(prompts, params):
+            if first == started:
+                first = time.perf_counter()
+            for writer, token in zip(writers, tokens_B.tolist(), strict=True):
+                writer.feed(token)
+            if all(writer.finish_reason for writer in writers):
+                break
+        ended = time.perf_counter()
+        return [
+            Completion(
+                prompt, w.text, w.tokens, w.finish_reason, first - started, ended - first
+            )
+            for prompt, w in zip(prompts, writers, strict=True)
+        ]
+
+    def _room(self, prompt: str, params: SamplingParams) -> int:
+        """How many tokens may follow the prompt."""
+        length, limit = len(self.tokenizer.encode(prompt)), self.config.max_seq_len
+        if length == 0:
+            raise ValueError("the prompt is empty; give at least one character")
+        if length >= limit:
+            raise ValueError(
+                f"the prompt has {length} tokens; the model's context of {limit} leaves no room "
+                "for an answer"
+            )
+        return min(params.max_new_tokens, limit - length)
+
+    def _tokens(
+        self, prompts: Sequence[str], params: Sequence[SamplingParams]
+    ) -> Iterator[np.ndarray]:
+        """int32 `[B]` token by token, without end: the caller stops."""
+        encoded = [self.tokenizer.encode(prompt) for prompt in prompts]
+        lengths_B = np.array([len(e) for e in encoded], np.int32)
+        limit = self.config.max_seq_len
+        bucket = min(limit, max(SMALLEST_PROMPT_BUCKET, 1 << int(lengths_B.max() - 1).bit_length()))
+        tokens_BxT = np.zeros((len(prompts), bucket), np.int32)
+        for row, tokens in zip(tokens_BxT, encoded, strict=True):
+            row[: len(tokens)] = tokens
+        settings = SamplingArrays.stack(params)
+        cache = self._empty_cache(len(prompts), limit)
+        state = self._prefill(self._params, tokens_BxT, lengths_B, cache, settings)
+        while True:
+            yield np.asarray(state.tokens_B)
+            state = self._decode(self._params, state, settings)
+
+
+class Stream:
+    """An iterator over pieces of one generated text; `completion` sums up what came so far."""
+
+    def __init__(self, generator: Generator, prompt: str, params: SamplingParams) -> None:
+        self._prompt = prompt
+        self._writer = _TextWriter(generator.tokenizer, params, generator._room(prompt, params))
+        self._tokens = generator._tokens([prompt], [params])
+        self._created = time.perf_counter()
+        self._first = self._last = self._created
+
+    def __iter__(self) -> Iterator[str]:
+        for tokens_B in self._tokens:
+            self._last = time.perf_counter()
+            if self._writer.tokens == 0:
+                self._first = self._last
+            piece = self._writer.feed(int(tokens_B[0]))
+            if piece:
+                yield piece
+            if self._writer.finish_reason:
+                return
+
+    @property
+    def completion(self) -> Completion:
+        """Text, count and timings of what has been generated so far."""
+        writer = self._writer
+        return Completion(
+            self._prompt, writer.text, writer.tokens, writer.finish_reason,
+            self._first - self._created, self._last - self._first,
+        )  # fmt: skip
+
+
+class _TextWriter:
+    """Tokens of one sequence to text: whole characters only, cut at the first stop string."""
+
+    def __init__(self, tokenizer: ByteTokenizer, params: SamplingParams, room: int) -> None:
+        self._decoder = tokenizer.stream_decoder()
+        self._stop = params.stop
+        self._room = room
+        self._held = ""  # may be the beginning of a stop string
+        self.text = ""
+        self.tokens = 0
+        self.finish_reason = ""
+
+    def feed(self, token: int) -> str:
+        """Text released by this token; nothing once finished."""
+        if self.finish_reason:
+            return ""
+        self.tokens += 1
+        self._held += self._decoder.feed(token)
+        found = [at for at in map(self._held.find, self._stop) if at >= 0]
+        if found:
+            self.finish_reason = "stop"
+            return self._release(min(found))
+        if self.tokens >= self._room:
+            self.finish_reason = "length"
+            self._held += self._decoder.finish()
+            return self._release(len(self._held))
+        return self._release(len(self._held) - self._possible_stop())
+
+    def _release(self, count: int) -> str:
+        piece, self._held = self._held[:count], self._held[count:]
+        self.text += piece
+        return piece
+
+    def _possible_stop(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        return max(
+            (n for s in self._stop for n in range(1, len(s)) if self._held.endswith(s[:n])),
+            default=0,
+        )
+
+
+def _prefill(
+    graph: Any,
+    params: Any,
+    tokens_BxT: jax.Array,
+    lengths_B: jax.Array,
+    cache: Cache,
+    settings: SamplingArrays,
+) -> DecodeState:
+    """Run right-padded prompts and draw the first token of each sequence."""
+    model: Transformer = nnx.merge(graph, params)
+    positions_BxT = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)
+    hidden_BxTxD, new_cache = model.extend(tokens_BxT, positions_BxT, cache)
+    assert new_cache is not None
+    rows_B = jnp.arange(tokens_BxT.shape[0])
+    logits_BxV = model.logits(hidden_BxTxD[rows_B, lengths_B - 1])
+    inside_BxT = positions_BxT < lengths_B[:, None]
+    seen_BxV = jnp.zeros(logits_BxV.shape, bool).at[rows_B[:, None], tokens_BxT].max(inside_BxT)
+    drawn_B = sample(logits_BxV, seen_BxV, lengths_B, settings)
+    return DecodeState(new_cache, drawn_B, lengths_B, seen_BxV.at[rows_B, drawn_B].set(True))
+
+
+def _decode(graph: Any, params: Any, state: DecodeState, settings: SamplingArrays) -> DecodeState:
+    """Feed the last token of each sequence and draw the next."""
+    model: Transformer = nnx.merge(graph, params)
+    hidden_Bx1xD, cache = model.extend(
+        state.tokens_B[:, None], state.positions_B[:, None], state.cache
+    )
+    assert cache is not None
+    positions_B = state.positions_B + 1
+    drawn_B = sample(model.logits(hidden_Bx1xD[:, 0]), state.seen_BxV, positions_B, settings)
+    rows_B = jnp.arange(drawn_B.shape[0])
+    return DecodeState(cache, drawn_B, positions_B, state.seen_BxV.at[rows_B, drawn_B].set(True))

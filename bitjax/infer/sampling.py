@@ -1,0 +1,151 @@
+"""Choosing the next token: greedy, temperature, top-k, top-p, min-p, repetition penalty.
+
+All settings are data, not code: one compiled step serves every combination, and each sequence of
+a batch has its own.
+
+    l' = l / r if l > 0 else l * r          for tokens already seen (arXiv 1909.05858)
+    p  = softmax(l' / temperature)
+    kept: the top_k likeliest tokens; of them the smallest set whose probability reaches top_p
+          (arXiv 1904.09751); of them those with p >= min_p * max(p) (arXiv 2407.01082)
+
+The likeliest token is always kept. Temperature 0 is greedy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How one sequence is generated.
+
+    Attributes:
+        max_new_tokens: at most this many tokens.
+        temperature: 0 is greedy.
+        top_k: 0 keeps all.
+        top_p: in (0, 1]; 1 keeps all.
+        min_p: in [0, 1); 0 keeps all.
+        repetition_penalty: above 0; 1 is none, above 1 discourages tokens already seen.
+        seed: of this sequence; the same seed, prompt and settings give the same text.
+        stop: strings that end the text; not part of it.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for holds, what in (
+            (self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} is below 1"),
+            (0 <= self.temperature < float("inf"), f"temperature={self.temperature} is negative"),
+            (self.top_k >= 0, f"top_k={self.top_k} is negative"),
+            (0 < self.top_p <= 1, f"top_p={self.top_p} is not in (0, 1]"),
+            (0 <= self.min_p < 1, f"min_p={self.min_p} is not in [0, 1)"),
+            (
+                0 < self.repetition_penalty < float("inf"),
+                f"repetition_penalty={self.repetition_penalty} is not above 0",
+            ),
+            (0 <= self.seed < 2**32, f"seed={self.seed} is not in [0, 2**32)"),
+            (all(self.stop), "a stop string is empty"),
+        ):
+            if not holds:
+                raise ValueError(what)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingArrays:
+    """`SamplingParams` of a batch as arrays `[B]`."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    repetition_penalty: jax.Array
+    seed: jax.Array
+
+    @classmethod
+    def stack(cls, params: Sequence[SamplingParams]) -> SamplingArrays:
+        """The settings of each sequence, in order."""
+        kinds = {"top_k": np.int32, "seed": np.uint32}
+        return cls(
+            **{
+                field.name: jnp.asarray(
+                    np.array(
+                        [getattr(p, field.name) for p in params],
+                        kinds.get(field.name, np.float32),
+                    )
+                )
+                for field in dataclasses.fields(cls)
+            }
+        )
+
+
+def sample(
+    logits_BxV: jax.Array,
+    seen_BxV: jax.Array,
+    positions_B: jax.Array,
+    settings: SamplingArrays,
+) -> jax.Array:
+    """The next token of each sequence.
+
+    Args:
+        logits_BxV: float32.
+        seen_BxV: bool, tokens that the repetition penalty applies to.
+        positions_B: int32 position of the token to be drawn. With the seed it determines the
+            randomness, so a sequence's text does not depend on the rest of the batch.
+        settings: arrays `[B]`.
+
+    Returns:
+        int32 `[B]`.
+    """
+    penalty = settings.repetition_penalty[:, None]
+    penalised = jnp.where(logits_BxV > 0, logits_BxV / penalty, logits_BxV * penalty)
+    logits_BxV = jnp.where(seen_BxV, penalised, logits_BxV)
+    greedy_B = jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
+
+    def draw() -> jax.Array:
+        temperature = jnp.where(settings.temperature > 0, settings.temperature, 1.0)
+        scaled_BxV = logits_BxV / temperature[:, None]
+        filtered = (settings.top_k > 0) | (settings.top_p < 1) | (settings.min_p > 0)
+        kept_BxV = jax.lax.cond(
+            filtered.any(),
+            lambda: jnp.where(keep(scaled_BxV, settings), scaled_BxV, -jnp.inf),
+            lambda: scaled_BxV,
+        )
+        keys_B = jax.vmap(lambda s, p: jax.random.fold_in(jax.random.key(s), p))(
+            settings.seed, positions_B
+        )
+        drawn_B = jax.vmap(jax.random.categorical)(keys_B, kept_BxV).astype(jnp.int32)
+        return jnp.where(settings.temperature > 0, drawn_B, greedy_B)
+
+    return jax.lax.cond((settings.temperature > 0).any(), draw, lambda: greedy_B)
+
+
+def keep(logits_BxV: jax.Array, settings: SamplingArrays) -> jax.Array:
+    """bool `[B, V]`: the tokens that top-k, top-p and min-p leave."""
+    order_BxV = jnp.argsort(-logits_BxV, axis=-1)
+    sorted_BxV = jnp.take_along_axis(logits_BxV, order_BxV, axis=-1)
+    vocab = logits_BxV.shape[-1]
+    rank_1xV = jnp.arange(vocab)[None]
+    top_k_Bx1 = jnp.where(settings.top_k > 0, settings.top_k, vocab)[:, None]
+    kept = rank_1xV < top_k_Bx1
+    p_BxV = jax.nn.softmax(jnp.where(kept, sorted_BxV, -jnp.inf), axis=-1)
+    before_BxV = jnp.cumsum(p_BxV, axis=-1) - p_BxV
+    # top_p = 1 keeps all, whatever the rounding of the cumulative sum.
+    kept &= (before_BxV < settings.top_p[:, None]) | (settings.top_p[:, None] >= 1)
+    kept &= p_BxV >= settings.min_p[:, None] * p_BxV[:, :1]
+    kept |= rank_1xV == 0
+    rows_Bx1 = jnp.arange(logits_BxV.shape[0])[:, None]
+    return jnp.zeros(logits_BxV.shape, bool).at[rows_Bx1, order_BxV].set(kept)

@@ -1,0 +1,235 @@
+"""Model files: one safetensors file, float or packed, with the configuration in its metadata.
+
+Metadata key "bitjax" holds JSON `{"format": 1, "config": {...}, "tokenizer": "bytes"}`. Tensors
+are named by their path in the model. A linear layer is either
+
+    <path>.weight           float32 or bfloat16 [rows, cols]
+
+or, packed (`bitjax.packing`, layout version 1),
+
+    <path>.weight.codes     uint8 [ceil(rows/16), ceil(cols/16), 64]
+    <path>.weight.scale     float32 [], multiplies
+
+Tensors start at multiples of 64 bytes, so that a memory map of the file is used in place, without
+a copy. (Those whose size is no multiple of 64 bytes come last, and may be copied.) Any
+safetensors reader reads the file.
+
+Source: the safetensors format, https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+from flax import nnx
+
+from bitjax.config import ModelConfig, from_dict, to_json
+from bitjax.model.transformer import Transformer, abstract_model, bit_linears
+from bitjax.ops import Impl
+from bitjax.packing import FORMAT_VERSION, PackedTernary, validate
+from bitjax.quant import require_finite
+from bitjax.tokenizer import ByteTokenizer
+
+ALIGNMENT = 64  # bytes; what XLA on CPU asks of a buffer it shall use in place
+FILE_FORMAT = 1
+DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "U8": np.dtype(np.uint8),
+}
+
+
+def save_model(path: Path, model: Transformer) -> None:
+    """Write a model; the file appears under its name only when complete.
+
+    Raises:
+        ValueError: a weight is not finite, or the folder cannot be written.
+    """
+    tensors = {}
+    for name, parameter in _parameters(model):
+        value = parameter.get_value()
+        if isinstance(value, PackedTernary):
+            tensors[f"{name}.codes"] = np.asarray(value.codes)
+            tensors[f"{name}.scale"] = np.asarray(value.scale)
+        else:
+            require_finite(name, value)
+            tensors[name] = np.asarray(value)
+    about = {
+        "format": FILE_FORMAT,
+        "config": json.loads(to_json(model.config)),
+        "tokenizer": ByteTokenizer.name,
+    }
+    try:
+        _write_safetensors(path, tensors, {"bitjax": json.dumps(about)})
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+
+
+def load_model(path: Path, dtype: str = "float32", impl: Impl = "auto") -> Transformer:
+    """Read a model file; large tensors stay in the memory-mapped file.
+
+    Args:
+        path: written by `save_model`.
+        dtype: of activations.
+        impl: of the packed products, see `bitjax.ops`.
+
+    Raises:
+        ValueError: not a model file, a damaged one, or one whose tensors are not those of its
+            configuration. Nothing of it is used before all of it is checked.
+    """
+    about, tensors = _read_safetensors(path)
+    model = abstract_model(_read_config(path, about), dtype)
+    for name, parameter in _parameters(model):
+        parameter.set_value(_take(path, name, parameter.get_value(), tensors))
+    if tensors:
+        raise ValueError(f"{path} holds tensors that its configuration has no place for: "
+                         f"{', '.join(sorted(tensors)[:3])}")  # fmt: skip
+    for _, layer in bit_linears(model):
+        layer.impl = impl
+    return model
+
+
+def tensor_table(path: Path) -> list[tuple[str, str, tuple[int, ...], int]]:
+    """(name, dtype, shape, bytes) of every tensor in a file, in file order.
+
+    Raises:
+        ValueError: not a readable safetensors file.
+    """
+    header, _ = _read_header(path)
+    rows = [
+        (name, entry["dtype"], tuple(entry["shape"]), entry["data_offsets"])
+        for name, entry in header.items()
+    ]
+    return [
+        (name, dtype, shape, offsets[1] - offsets[0])
+        for name, dtype, shape, offsets in sorted(rows, key=lambda row: row[3])
+    ]
+
+
+def _parameters(model: Transformer) -> Iterator[tuple[str, nnx.Param]]:
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Param):
+            yield ".".join(map(str, path)), node
+
+
+def _read_config(path: Path, about: str) -> ModelConfig:
+    try:
+        parsed = json.loads(about)
+        found, tokenizer, config = parsed["format"], parsed["tokenizer"], parsed["config"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"{path}: its bitjax metadata cannot be read") from None
+    if found != FILE_FORMAT:
+        raise ValueError(f"{path}: model file format {found!r}; this version reads {FILE_FORMAT}")
+    if tokenizer != ByteTokenizer.name:
+        raise ValueError(f"{path}: unknown tokenizer {tokenizer!r}; this version has 'bytes'")
+    try:
+        return from_dict(ModelConfig, config, "model.")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _take(path: Path, name: str, like: Any, tensors: dict[str, np.ndarray]) -> Any:
+    """Remove one parameter from `tensors`, checked against the shape the model needs."""
+    where = f"{path}: {name}"
+    if f"{name}.codes" in tensors:
+        if not name.endswith(".weight"):
+            raise ValueError(f"{where} cannot be packed; only linear layers can")
+        codes, scale = tensors.pop(f"{name}.codes"), tensors.pop(f"{name}.scale", None)
+        if scale is None:
+            raise ValueError(f"{where}.scale is missing")
+        rows, cols = like.shape
+        packed = PackedTernary(codes, scale, rows, cols, FORMAT_VERSION)  # type: ignore[arg-type]
+        validate(where, packed)
+        return PackedTernary(_in_place(codes), _in_place(scale), rows, cols, FORMAT_VERSION)
+    if name not in tensors:
+        raise ValueError(f"{where} is missing")
+    value = tensors.pop(name)
+    if value.shape != like.shape or value.dtype == np.uint8:
+        raise ValueError(
+            f"{where} is {value.dtype}{list(value.shape)}; the configuration needs a float "
+            f"{list(like.shape)}"
+        )
+    require_finite(where, value)
+    return _in_place(value)
+
+
+def _in_place(array: np.ndarray) -> jax.Array:
+    """A JAX array over the same memory where its alignment allows."""
+    return jax.device_put(array, jax.local_devices()[0], may_alias=True)
+
+
+def _write_safetensors(
+    path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]
+) -> None:
+    kinds = {dtype: name for name, dtype in DTYPES.items()}
+    order = sorted(tensors, key=lambda name: (tensors[name].nbytes % ALIGNMENT != 0, name))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for name in order:
+        array = tensors[name]
+        header[name] = {
+            "dtype": kinds[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + array.nbytes],
+        }
+        offset += array.nbytes
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(len(encoded).to_bytes(8, "little") + encoded)
+            for name in order:
+                file.write(np.ascontiguousarray(tensors[name]).tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Tensor entries, and the offset of the data; the safetensors library checks them first.
+
+    It refuses headers that are oversized or no JSON, and offsets that overlap, leave gaps, leave
+    the file or contradict dtype and shape.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def _read_safetensors(path: Path) -> tuple[str, dict[str, np.ndarray]]:
+    """The bitjax metadata and every tensor, as views of a read-only memory map."""
+    header, start = _read_header(path)
+    with safetensors.safe_open(path, framework="numpy") as file:
+        about = (file.metadata() or {}).get("bitjax")
+    if about is None:
+        raise ValueError(f"{path} has no bitjax metadata; it is not a bitjax model file")
+    data = np.memmap(path, np.uint8, mode="r")
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{path}: {name} is {entry['dtype']}; known are {', '.join(DTYPES)}")
+        first, last = entry["data_offsets"]
+        raw = np.asarray(data[start + first : start + last])
+        tensors[name] = raw.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return about, tensors
+
