@@ -42,7 +42,8 @@ constexpr uint64_t kYmmState = 0x06;  // SSE, AVX
 constexpr uint64_t kZmmState = 0xE6;  // SSE, AVX, opmask, upper halves of ZMM, ZMM16-31
 
 bool cpu_has_avx2() {
-  return has_all(os_saved_state(), kYmmState) && bit(Cpuid(1, 0).ecx, 28) && bit(Cpuid(7, 0).ebx, 5);
+  return has_all(os_saved_state(), kYmmState) && bit(Cpuid(1, 0).ecx, 28) &&
+         bit(Cpuid(7, 0).ebx, 5);
 }
 
 [[maybe_unused]] bool cpu_has_avxvnni() { return cpu_has_avx2() && bit(Cpuid(7, 1).eax, 4); }
@@ -120,8 +121,8 @@ const Kernel* find(const std::string& name, const char* asked_by) {
   for (const Entry& entry : entries()) {
     if (name != entry.kernel.name) continue;
     if (entry.supported) return &entry.kernel;
-    throw std::invalid_argument(std::string(asked_by) + ": this machine cannot run kernel '" + name +
-                                "'; available: " + join(names(true)));
+    throw std::invalid_argument(std::string(asked_by) + ": this machine cannot run kernel '" +
+                                name + "'; available: " + join(names(true)));
   }
   throw std::invalid_argument(std::string(asked_by) + ": unknown kernel '" + name +
                               "'; compiled: " + join(names(false)));

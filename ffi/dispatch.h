@@ -19,8 +19,8 @@ namespace bitjax {
 std::vector<std::string> compiled_kernels();
 std::vector<std::string> available_kernels();
 
-// The kernel that products use now. Throws std::invalid_argument when BITJAX_KERNEL names an unknown
-// or unsupported one.
+// The kernel that products use now. Throws std::invalid_argument when BITJAX_KERNEL names an
+// unknown or unsupported one.
 const Kernel& active_kernel();
 
 // Forces a kernel for the whole process from the next product on; an empty name lifts the force.

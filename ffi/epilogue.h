@@ -2,8 +2,8 @@
 //
 //   y_n = float(acc_n) * (x_scale * w_scale)      float32, in exactly this association
 //
-// and then, for a bfloat16 output, rounding to nearest even. acc_n is exact up to |acc| < 2^25 and is
-// rounded to float32 (nearest even) above 2^24. x_scale = NaN marks a row that held NaN or an
+// and then, for a bfloat16 output, rounding to nearest even. acc_n is exact up to |acc| < 2^25 and
+// is rounded to float32 (nearest even) above 2^24. x_scale = NaN marks a row that held NaN or an
 // infinity; 0 * NaN makes its outputs NaN.
 #ifndef BITJAX_FFI_EPILOGUE_H_
 #define BITJAX_FFI_EPILOGUE_H_

@@ -2,9 +2,10 @@
 // kernel. Names of dimensions: M rows of activations, K inputs, N outputs, KB = ceil(K/16),
 // NB = ceil(N/16), "..." = leading dimensions.
 //
-//   bitjax_ternary_matmul       x f32|bf16 [..., M, K], codes u8 [..., NB, KB, 64], w_scale f32 [...]
-//                               -> y, x's type, [..., M, N]
-//   bitjax_ternary_matmul_i32   q s8 [..., M, K], codes u8 [..., NB, KB, 64] -> y s32 [..., M, N]
+//   bitjax_ternary_matmul
+//     x f32|bf16 [..., M, K], codes u8 [..., NB, KB, 64], w_scale f32 [...] -> y as x [..., M, N]
+//   bitjax_ternary_matmul_i32
+//     q s8 [..., M, K], codes u8 [..., NB, KB, 64] -> y s32 [..., M, N]
 //
 // Every operand has the same number of leading dimensions, and a 1 among them broadcasts, as in
 // NumPy. kernel.h has the arithmetic, packed_format.h the codes.
@@ -39,8 +40,8 @@ constexpr int64_t kSerialWork = int64_t{1} << 20;
 // Multiply-adds in a chunk, at least: 1-2 us of a VNNI core, a hundred times an atomic claim.
 constexpr int64_t kChunkWork = int64_t{1} << 18;
 
-// Activation rows in a chunk, at most: a row block's codes are fetched once for eight tiles of rows,
-// which hides the fetch; more would only coarsen the chunks.
+// Activation rows in a chunk, at most: a row block's codes are fetched once for eight tiles of
+// rows, which hides the fetch; more would only coarsen the chunks.
 constexpr int64_t kChunkRows = 8 * kMaxTileRows;
 
 // Activation values quantised in one go, at least: some 5 us.
@@ -50,8 +51,7 @@ constexpr int64_t kQuantiseWork = int64_t{1} << 15;
 
 std::string text(Dims dims) {
   std::string result = "[";
-  for (size_t i = 0; i < dims.size(); ++i)
-    result += (i == 0 ? "" : ", ") + std::to_string(dims[i]);
+  for (size_t i = 0; i < dims.size(); ++i) result += (i == 0 ? "" : ", ") + std::to_string(dims[i]);
   return result + "]";
 }
 
@@ -60,8 +60,7 @@ struct InvalidArgument : std::invalid_argument {
 };
 
 void require(bool condition, const char* what, const std::string& wanted, const std::string& got) {
-  if (!condition)
-    throw InvalidArgument(std::string(what) + ": wanted " + wanted + ", got " + got);
+  if (!condition) throw InvalidArgument(std::string(what) + ": wanted " + wanted + ", got " + got);
 }
 
 // One product of M consecutive rows with one weight tensor.
@@ -128,8 +127,7 @@ Plan make_plan(Dims x, Dims codes, Dims scale, bool has_scale, Dims y) {
   const std::string lead_text = std::to_string(lead) + " leading dimensions, as x has";
   require(y.size() == x.size(), "result", "[..., M, N] with " + lead_text, text(y));
   require(codes.size() == lead + 3, "codes", "[..., NB, KB, 64] with " + lead_text, text(codes));
-  if (has_scale)
-    require(scale.size() == lead, "w_scale", "[...] with " + lead_text, text(scale));
+  if (has_scale) require(scale.size() == lead, "w_scale", "[...] with " + lead_text, text(scale));
 
   Plan plan;
   plan.m = x[lead];
@@ -345,17 +343,17 @@ ffi::Error ternary_matmul_i32(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBu
 XLA_FFI_DEFINE_HANDLER(ternary_matmul_handler, ternary_matmul,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::ThreadPool>()
-                           .Arg<ffi::AnyBuffer>()   // x
-                           .Arg<ffi::AnyBuffer>()   // codes
-                           .Arg<ffi::AnyBuffer>()   // w_scale
-                           .Ret<ffi::AnyBuffer>()); // y
+                           .Arg<ffi::AnyBuffer>()    // x
+                           .Arg<ffi::AnyBuffer>()    // codes
+                           .Arg<ffi::AnyBuffer>()    // w_scale
+                           .Ret<ffi::AnyBuffer>());  // y
 
 XLA_FFI_DEFINE_HANDLER(ternary_matmul_i32_handler, ternary_matmul_i32,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::ThreadPool>()
-                           .Arg<ffi::AnyBuffer>()   // x
-                           .Arg<ffi::AnyBuffer>()   // codes
-                           .Ret<ffi::AnyBuffer>()); // y
+                           .Arg<ffi::AnyBuffer>()    // x
+                           .Arg<ffi::AnyBuffer>()    // codes
+                           .Ret<ffi::AnyBuffer>());  // y
 
 }  // namespace
 

@@ -38,8 +38,8 @@ constexpr float kMinAmax = 1e-5F;
 constexpr float kQuantMax = 127.0F;
 
 // Quantises x [k] to q [k_padded], writes zeros to q[k..k_padded), and returns x_scale and the sum
-// of q. k_padded is the multiple of 16 at or above k. A row that holds NaN or an infinity gets q = 0
-// and x_scale = NaN, which makes every output of the row NaN.
+// of q. k_padded is the multiple of 16 at or above k. A row that holds NaN or an infinity gets q =
+// 0 and x_scale = NaN, which makes every output of the row NaN.
 template <typename T>
 using QuantizeRow = void (*)(const T* x, int64_t k, int64_t k_padded, int8_t* q, float* x_scale,
                              int32_t* q_sum);

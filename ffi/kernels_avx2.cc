@@ -1,8 +1,9 @@
 // AVX2: half a block (8 output rows x 4 bytes) in a register, products in int16, sums in int32.
 //
 // Differs from the scalar kernel only in the order of exact integer sums: vpmaddubsw adds pairs of
-// code * activation, at most 2 * 3 * 128 = 768 in magnitude (code 3 counted), so it never saturates;
-// the four planes of a block add up to 3072 in an int16 lane, and vpmaddwd widens after kSpan blocks.
+// code * activation, at most 2 * 3 * 128 = 768 in magnitude (code 3 counted), so it never
+// saturates; the four planes of a block add up to 3072 in an int16 lane, and vpmaddwd widens after
+// kSpan blocks.
 
 #include <immintrin.h>
 

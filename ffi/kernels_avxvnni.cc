@@ -1,4 +1,5 @@
-// AVX-VNNI: the AVX-512 VNNI kernel in 256-bit halves of a block; quantisation is the AVX2 kernel's.
+// AVX-VNNI: the AVX-512 VNNI kernel in 256-bit halves of a block; quantisation is the AVX2
+// kernel's.
 //
 // Differs from the scalar kernel only in the order of exact integer sums (see
 // kernels_avx512vnni.cc). The dot product is an alias: with BITJAX_AVXVNNI_EVEX the same source
@@ -40,32 +41,40 @@ void store(int32_t* out, __m256i sum, int32_t q_sum) {
 
 __m256i unscale_and_add(const __m256i (&acc)[kPlanes]) {
   const __m256i sum01 = _mm256_add_epi32(acc[0], _mm256_srai_epi32(acc[1], 2));
-  const __m256i sum23 = _mm256_add_epi32(_mm256_srai_epi32(acc[2], 4), _mm256_srai_epi32(acc[3], 6));
+  const __m256i sum23 =
+      _mm256_add_epi32(_mm256_srai_epi32(acc[2], 4), _mm256_srai_epi32(acc[3], 6));
   return _mm256_add_epi32(sum01, sum23);
 }
 
-void one_row(const uint8_t* codes, int64_t input_blocks, const int8_t* q, int32_t q_sum,
-             int32_t* out) {
-  __m256i low[kPlanes];   // rows 0..7, one accumulator a plane
-  __m256i high[kPlanes];  // rows 8..15
-  for (int s = 0; s < kPlanes; ++s) low[s] = high[s] = _mm256_setzero_si256();
+// Few rows: H halves of every block with M rows, planes masked in place; 4 * H * M accumulators.
+template <int H, int M>
+void few_rows(const uint8_t* codes, int64_t input_blocks, const int8_t* q, int64_t q_stride,
+              const int32_t* q_sum, int32_t* out, int out_stride) {
+  __m256i acc[H][M][kPlanes];
+  for (int h = 0; h < H; ++h)
+    for (int i = 0; i < M; ++i)
+      for (int s = 0; s < kPlanes; ++s) acc[h][i][s] = _mm256_setzero_si256();
   for (int64_t kb = 0; kb < input_blocks; ++kb) {
-    const __m256i block_low = load(codes + kb * kBlockBytes);
-    const __m256i block_high = load(codes + kb * kBlockBytes + kHalfBytes);
+    __m256i half[H];
+    for (int h = 0; h < H; ++h) half[h] = load(codes + kb * kBlockBytes + h * kHalfBytes);
+    const int8_t* a = q + kb * kBlockInputs;
     for (int s = 0; s < kPlanes; ++s) {
       const __m256i mask = _mm256_set1_epi8(static_cast<char>(kCodeMask << (s * kBitsPerCode)));
-      const __m256i a = broadcast4(q + kb * kBlockInputs + s * kPlaneInputs);
-      low[s] = dot4(low[s], _mm256_and_si256(block_low, mask), a);
-      high[s] = dot4(high[s], _mm256_and_si256(block_high, mask), a);
+      for (int i = 0; i < M; ++i) {
+        const __m256i group = broadcast4(a + i * q_stride + s * kPlaneInputs);
+        for (int h = 0; h < H; ++h)
+          acc[h][i][s] = dot4(acc[h][i][s], _mm256_and_si256(half[h], mask), group);
+      }
     }
   }
-  store(out, unscale_and_add(low), q_sum);
-  store(out + kLanes, unscale_and_add(high), q_sum);
+  for (int h = 0; h < H; ++h)
+    for (int i = 0; i < M; ++i)
+      store(out + i * out_stride + h * kLanes, unscale_and_add(acc[h][i]), q_sum[i]);
 }
 
-// 8 output rows (one half of every block) with M rows of activations.
+// Many rows: one half of every block, planes decoded once a block, one accumulator a row.
 template <int M>
-void half_rows(const uint8_t* codes, int64_t input_blocks, const int8_t* q, int64_t q_stride,
+void many_rows(const uint8_t* codes, int64_t input_blocks, const int8_t* q, int64_t q_stride,
                const int32_t* q_sum, int32_t* out, int out_stride) {
   const __m256i mask = _mm256_set1_epi8(kCodeMask);
   __m256i acc[M];
@@ -92,21 +101,21 @@ void tile_product(const uint8_t* codes, int64_t input_blocks, int row_blocks, co
                   int64_t q_stride, const int32_t* q_sum, int m, int32_t* out) {
   const int n = row_blocks * kBlockRows;
   for (int row = 0; row < n; row += kBlockRows, codes += input_blocks * kBlockBytes) {
-    if (m == 1) {
-      one_row(codes, input_blocks, q, q_sum[0], out + row);
+    if (m == 1) {  // 8 accumulators; whole blocks in one stream
+      few_rows<2, 1>(codes, input_blocks, q, q_stride, q_sum, out + row, n);
       continue;
     }
     for (int half = 0; half < 2; ++half) {
       const uint8_t* c = codes + half * kHalfBytes;
       int32_t* o = out + row + half * kLanes;
       switch (m) {
-        case 2: half_rows<2>(c, input_blocks, q, q_stride, q_sum, o, n); break;
-        case 3: half_rows<3>(c, input_blocks, q, q_stride, q_sum, o, n); break;
-        case 4: half_rows<4>(c, input_blocks, q, q_stride, q_sum, o, n); break;
-        case 5: half_rows<5>(c, input_blocks, q, q_stride, q_sum, o, n); break;
-        case 6: half_rows<6>(c, input_blocks, q, q_stride, q_sum, o, n); break;
-        case 7: half_rows<7>(c, input_blocks, q, q_stride, q_sum, o, n); break;
-        case 8: half_rows<8>(c, input_blocks, q, q_stride, q_sum, o, n); break;
+        case 2: few_rows<1, 2>(c, input_blocks, q, q_stride, q_sum, o, n); break;
+        case 3: few_rows<1, 3>(c, input_blocks, q, q_stride, q_sum, o, n); break;
+        case 4: many_rows<4>(c, input_blocks, q, q_stride, q_sum, o, n); break;
+        case 5: many_rows<5>(c, input_blocks, q, q_stride, q_sum, o, n); break;
+        case 6: many_rows<6>(c, input_blocks, q, q_stride, q_sum, o, n); break;
+        case 7: many_rows<7>(c, input_blocks, q, q_stride, q_sum, o, n); break;
+        case 8: many_rows<8>(c, input_blocks, q, q_stride, q_sum, o, n); break;
         default: break;
       }
     }

@@ -115,8 +115,6 @@ static_assert(kRows == 4, "tile_product has a case for every remainder");
 
 }  // namespace
 
-Kernel neon_kernel() {
-  return {"neon", quantize_row<float>, quantize_row<uint16_t>, tile_product};
-}
+Kernel neon_kernel() { return {"neon", quantize_row<float>, quantize_row<uint16_t>, tile_product}; }
 
 }  // namespace bitjax

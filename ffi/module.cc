@@ -43,7 +43,8 @@ NB_MODULE(_ffi, m) {
         if (name && name->empty()) throw nb::value_error("force_kernel: empty name; use None");
         bitjax::force_kernel(name.value_or(""));
       },
-      nb::arg("name").none(), "Force a kernel by name for the whole process; None lifts the force.");
+      nb::arg("name").none(),
+      "Force a kernel by name for the whole process; None lifts the force.");
   m.def("kernel_calls", &kernel_calls, "Products run so far by each compiled kernel.");
   m.attr("FORMAT_VERSION") = bitjax::kFormatVersion;
   m.attr("BLOCK_ROWS") = bitjax::kBlockRows;

@@ -24,14 +24,14 @@
 namespace bitjax {
 
 constexpr int kFormatVersion = 1;
-constexpr int kBlockRows = 16;     // output features in a block
-constexpr int kBlockInputs = 16;   // input features in a block
+constexpr int kBlockRows = 16;    // output features in a block
+constexpr int kBlockInputs = 16;  // input features in a block
 constexpr int kBitsPerCode = 2;
-constexpr int kPlanes = 8 / kBitsPerCode;                  // codes in a byte
-constexpr int kPlaneInputs = kBlockInputs / kPlanes;       // consecutive inputs in one plane
+constexpr int kPlanes = 8 / kBitsPerCode;             // codes in a byte
+constexpr int kPlaneInputs = kBlockInputs / kPlanes;  // consecutive inputs in one plane
 constexpr int kBlockBytes = kBlockRows * kPlaneInputs;
 constexpr uint8_t kCodeMask = (1 << kBitsPerCode) - 1;
-constexpr uint8_t kPaddingCode = 1;  // weight 0
+constexpr uint8_t kPaddingCode = 1;     // weight 0
 constexpr uint8_t kPaddingByte = 0x55;  // four padding codes
 
 static_assert(kPlanes == 4, "a byte holds one code of each of four planes");

@@ -17,8 +17,8 @@
 
 namespace bitjax {
 
-// Polls of the counter before the caller sleeps: some 10 us, about a chunk's length, because a sleep
-// and a wake-up cost as much as that.
+// Polls of the counter before the caller sleeps: some 10 us, about a chunk's length, because a
+// sleep and a wake-up cost as much as that.
 constexpr int kSpinPolls = 2000;
 
 inline void spin_pause() {

@@ -1,8 +1,8 @@
 // Every kernel that is built in and that this machine can run, against a naive oracle; the epilogue
 // and the chunked loop as well. Needs neither XLA nor Python:
 //
-//   cmake -S ffi -B build/tests -DBITJAX_EXTENSION=OFF -DBITJAX_KERNEL_TESTS=ON -DBITJAX_SANITIZE=ON
-//   cmake --build build/tests && build/tests/kernel_test
+//   cmake -S ffi -B build/tests -DBITJAX_EXTENSION=OFF -DBITJAX_KERNEL_TESTS=ON
+//   -DBITJAX_SANITIZE=ON cmake --build build/tests && build/tests/kernel_test
 //
 // Inputs lie in heap buffers of exactly their size, at odd offsets, so that the address sanitizer
 // sees every byte read or written outside them.
@@ -179,7 +179,8 @@ void test_quantise(const Kernel& kernel) {
 enum class Fill { kRandom, kExtreme, kZero, kAnyByte };
 
 int8_t activation(Fill fill, int64_t i) {
-  if (fill == Fill::kRandom || fill == Fill::kAnyByte) return static_cast<int8_t>(uniform(-128, 127));
+  if (fill == Fill::kRandom || fill == Fill::kAnyByte)
+    return static_cast<int8_t>(uniform(-128, 127));
   if (fill == Fill::kZero) return 0;
   return i % 2 == 0 ? int8_t{-128} : int8_t{127};  // each row one value
 }
@@ -219,7 +220,8 @@ void check_product(const Kernel& kernel, int m, int64_t input_blocks, int row_bl
     for (int64_t row = 0; row < n; ++row) {
       int64_t wanted = 0;
       for (int64_t j = 0; j < k; ++j)
-        wanted += int64_t{q.get()[i * stride + j]} * decode_weight(codes.get(), row, j, input_blocks);
+        wanted +=
+            int64_t{q.get()[i * stride + j]} * decode_weight(codes.get(), row, j, input_blocks);
       ok &= out.get()[i * n + row] == wanted;
     }
   check(ok, label(kernel, what, m, k, n));
@@ -252,8 +254,8 @@ void test_product(const Kernel& kernel) {
 
 void test_format() {
   std::vector<uint8_t> block(kBlockBytes, kPaddingByte);
-  encode_weight(block.data(), 3, 4 * 2 + 1, 1, 1);   // row 3, plane 2, j 1: code 2 at bits 4..5
-  encode_weight(block.data(), 15, 15, 1, -1);        // row 15, plane 3, j 3: code 0 at bits 6..7
+  encode_weight(block.data(), 3, 4 * 2 + 1, 1, 1);  // row 3, plane 2, j 1: code 2 at bits 4..5
+  encode_weight(block.data(), 15, 15, 1, -1);       // row 15, plane 3, j 3: code 0 at bits 6..7
   check(block[3 * 4 + 1] == 0x65, "format: plane 2 of byte 13");
   check(block[63] == 0x15, "format: plane 3 of byte 63");
   check(code_position(16, 0, 5).byte == 5 * 64, "format: the second row block follows the first");
