@@ -1,11 +1,18 @@
-"""Named model shapes: published ternary models, and the sizes bitnet.cpp is benchmarked at.
+"""Named shapes and runs: published ternary models, bitnet.cpp's benchmark sizes, the demo's run.
 
 `MODELS[name]` is a `ModelConfig`; `.full_precision_twin()` gives the same shape in float.
 """
 
 from __future__ import annotations
 
-from bitjax.config import ModelConfig
+from bitjax.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+    WeightQuantizer,
+)
 
 
 def _b158(hidden: int, intermediate: int, heads: int, layers: int) -> ModelConfig:
@@ -54,3 +61,30 @@ MODELS: dict[str, ModelConfig] = {
     "70b": _bitnet_cpp(8192, 24_576, 64, 80),
     "100b": _bitnet_cpp(8192, 45_568, 64, 72),
 }  # fmt: skip
+
+
+def shakespeare(weights: WeightQuantizer, text: str = "", seed: int = 0) -> RunConfig:
+    """A 0.9M-parameter byte model that trains in about two minutes on two cores.
+
+    Args:
+        weights: "ternary" (or "binary") with int8 activations, or "float": the full-precision twin
+            with its own schedule (one stage, constant weight decay).
+        text: path of another text; empty for the packaged Shakespeare.
+        seed: of initial weights and data order, shared by twins.
+    """
+    quantized = ModelConfig(
+        hidden_size=128, intermediate_size=384, num_layers=4, num_heads=2, num_kv_heads=2,
+        head_dim=64, max_seq_len=256, activation="relu2", init_std=0.06, weights=weights,
+    )  # fmt: skip
+    if weights == "float":
+        model = quantized.full_precision_twin()
+        optimizer = OptimizerConfig(
+            learning_rate=3e-3, stage_two_learning_rate=None, stage_two_weight_decay=None
+        )
+    else:
+        model = quantized
+        optimizer = OptimizerConfig(learning_rate=4e-3, stage_two_learning_rate=2.7e-3)
+    schedule = TrainConfig(
+        steps=1500, batch_size=4, seq_len=256, seed=seed, eval_every=250, checkpoint_every=250
+    )
+    return RunConfig(model, DataConfig(text=text), optimizer, schedule)

@@ -9,11 +9,12 @@ The sources write the reciprocal scale s and divide; ours is 1/s.
     ternary, per tensor   m = max(mean|W|, 1e-5)   codes = clip(round(W / m), -1, 1)     scale = m
     binary, per tensor    m = max(mean|W|, 1e-5)   codes = +1 if W > mean(W) else -1      scale = m
     int8, per token       a = max(max|x|, 1e-5)    codes = clip(round(x * 127 / a), -128, 127)
-                                                   scale = a / 127
+                                                   scale = a * (1/127)
 
-Rounding is to nearest, ties to even. "W / m" is computed as `W * (1/m)` and "x * 127 / a" as
-`x * (127 / a)`, in float32 whatever the input's dtype, so that all implementations (this one, the
-C++ kernels, a packed file) agree to the bit.
+Rounding is to nearest, ties to even. "W / m" is computed as `W * (1/m)`, "x * 127 / a" as
+`x * (127 / a)`, and the scale as a product because XLA turns a division by a constant into one; all
+in float32 whatever the input's dtype. So all implementations (this one, the C++ kernels, a packed
+file) agree to the bit.
 
 Sources: ternary and int8, "The Era of 1-bit LLMs: Training Tips, Code and FAQ" (Microsoft, 2024),
 figures 3 and 4; binary, BitNet (arXiv 2310.11453), equations 1 to 3.
@@ -89,7 +90,7 @@ def int8_per_token(x: jax.Array) -> Quantized:
     absmax = jnp.where(jnp.isfinite(absmax), absmax, jnp.nan)
     scaled = x * (127.0 / absmax)
     codes = straight_through(scaled, jnp.clip(jnp.round(scaled), -128, 127))
-    return Quantized(codes, absmax / 127.0)
+    return Quantized(codes, absmax * np.float32(1 / 127))
 
 
 # The choices of `ModelConfig.weights` and `ModelConfig.activations`; "float" is no quantiser.

@@ -47,6 +47,11 @@ class TextScore:
         return self.nats_per_token / math.log(2)
 
     @property
+    def bits_per_byte_error(self) -> float:
+        """Standard error of `bits_per_byte`."""
+        return self.standard_error / math.log(2)
+
+    @property
     def perplexity(self) -> float:
         """Per token."""
         return math.exp(self.nats_per_token)

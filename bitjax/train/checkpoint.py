@@ -106,13 +106,15 @@ def read_run(directory: Path, step: int | None = None) -> tuple[RunConfig, int, 
 
 
 def _manager(directory: Path, keep: int | None) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(
-        (directory / "checkpoints").resolve(),
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, read_only=keep is None
-        ),
-        item_names=("state", "about"),
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        enable_async_checkpointing=False,
+        read_only=keep is None,
+        create=keep is not None,
+        save_interval_steps=0 if keep is None else 1,
     )
+    path = (directory / "checkpoints").resolve()
+    return ocp.CheckpointManager(path, options=options, item_names=("state", "about"))
 
 
 def _read_about(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:

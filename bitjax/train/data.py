@@ -32,27 +32,32 @@ class Text:
     name: str
 
 
-def load_text(config: DataConfig) -> Text:
-    """Read the text that `config` names.
+def read_tokens(path: str) -> tuple[np.ndarray, str]:
+    """All bytes of a file, or of the packaged Shakespeare if `path` is empty, and its name.
 
     Raises:
         ValueError: the file is missing, not readable, or empty.
     """
-    if config.text:
-        path = Path(config.text)
-        name = str(path)
-        try:
-            raw = path.read_bytes()
-        except OSError as error:
-            raise ValueError(f"cannot read the text {name}: {error.strerror}") from None
-    else:
-        name = "tiny Shakespeare (packaged)"
-        raw = (importlib.resources.files("bitjax") / "data" / "tinyshakespeare.txt").read_bytes()
+    name = path or "tiny Shakespeare (packaged)"
+    packaged = importlib.resources.files("bitjax") / "data" / "tinyshakespeare.txt"
+    try:
+        raw = Path(path).read_bytes() if path else packaged.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read the text {name}: {error.strerror}") from None
     if not raw:
         raise ValueError(f"the text {name} is empty")
-    tokens = np.frombuffer(raw, np.uint8)
+    return np.frombuffer(raw, np.uint8), name
+
+
+def load_text(config: DataConfig) -> Text:
+    """Read and split the text that `config` names.
+
+    Raises:
+        ValueError: as `read_tokens`.
+    """
+    tokens, name = read_tokens(config.text)
     split = len(tokens) - int(len(tokens) * config.valid_fraction)
-    return Text(tokens[:split], tokens[split:], hashlib.sha256(raw).hexdigest(), name)
+    return Text(tokens[:split], tokens[split:], hashlib.sha256(tokens).hexdigest(), name)
 
 
 def require_length(text: Text, seq_len: int) -> None:

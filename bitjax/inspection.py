@@ -1,0 +1,66 @@
+"""What a model file or a run directory holds, as tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from bitjax import terminal
+from bitjax.api import load
+from bitjax.model import Transformer, bit_linears
+from bitjax.model.files import tensor_table
+from bitjax.packing import PackedTernary, unpack
+from bitjax.quant import WEIGHT_QUANTIZERS
+
+
+def inspect(path: Path) -> None:
+    """Print configuration, linear layers (codes, scales, zeros) and, for a file, its tensors.
+
+    Raises:
+        ValueError: nothing there, or nothing readable.
+    """
+    model = load(path)
+    terminal.table(
+        ("setting", "value"),
+        [(key, value) for key, value in dataclasses.asdict(model.config).items()],
+        title=str(path),
+    )
+    terminal.table(
+        ("linear layer", "shape", "held as", "-1", "0", "+1", "scale"), layer_rows(model)
+    )
+    if path.is_file():
+        tensors = tensor_table(path)
+        linear = {f"{name}.weight" for name, _ in bit_linears(model)}
+        stored = sum(n for name, _, _, n in tensors if name.removesuffix(".codes") in linear)
+        weights = sum(int(np.prod(layer.weight.get_value().shape)) for _, layer in
+                      bit_linears(model))  # fmt: skip
+        terminal.table(
+            ("tensor", "type", "shape", "bytes"),
+            [(name, kind, list(shape), f"{count:,}") for name, kind, shape, count in tensors],
+        )
+        terminal.console.print(
+            f"{terminal.size(path.stat().st_size)}; linear layers: {weights:,} weights, "
+            f"{8 * stored / weights:.2f} bits each"
+        )
+
+
+def layer_rows(model: Transformer) -> list[tuple[str, ...]]:
+    """One row per linear layer: shape, storage, fraction of each code, scale."""
+    rows = []
+    for name, layer in bit_linears(model):
+        weight = layer.weight.get_value()
+        shape = " x ".join(map(str, weight.shape))
+        if isinstance(weight, PackedTernary):
+            held, codes, scale = "packed", np.asarray(unpack(weight)), float(weight.scale)
+        elif model.config.weights in WEIGHT_QUANTIZERS:
+            quantized = WEIGHT_QUANTIZERS[model.config.weights](weight)
+            held, codes = str(weight.dtype), np.asarray(quantized.codes)
+            scale = float(quantized.scale[0, 0])
+        else:
+            rows.append((name, shape, str(weight.dtype), "", "", "", ""))
+            continue
+        fractions = (f"{np.mean(codes == code):.1%}" for code in (-1, 0, 1))
+        rows.append((name, shape, held, *fractions, f"{scale:.4g}"))
+    return rows

@@ -1,0 +1,115 @@
+"""What a person sees at the command line: progress, tables and curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bitjax.train import Report
+
+console = Console(highlight=False)
+
+
+@contextmanager
+def training_progress(label: str) -> Iterator[Callable[[Report], None]]:
+    """A live bar with step, loss, tokens/s and ETA; plain lines, about 20, when not a terminal."""
+    if not console.is_terminal:
+        yield _line_reporter(label)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[numbers]}  ETA"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(label, total=None, numbers="compiling")
+
+        def update(report: Report) -> None:
+            progress.update(
+                task, completed=report.step, total=report.steps, numbers=_numbers(report)
+            )
+
+        yield update
+
+
+def _line_reporter(label: str) -> Callable[[Report], None]:
+    printed = -1
+
+    def update(report: Report) -> None:
+        nonlocal printed
+        twentieth = 20 * report.step // report.steps
+        if twentieth > printed or report.valid_loss is not None:
+            printed = twentieth
+            console.print(
+                f"{label}  step {report.step}/{report.steps}  {_numbers(report)}  "
+                f"ETA {clock(report.seconds_left)}"
+            )
+
+    return update
+
+
+def _numbers(report: Report) -> str:
+    text = f"loss {report.loss:.3f}"
+    if report.valid_loss is not None:
+        text += f"  valid {report.valid_loss:.3f}"
+    return f"{text}  {report.tokens_per_second:,.0f} tok/s"
+
+
+def clock(seconds: float) -> str:
+    """`m:ss`."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> None:
+    """Print a table; the first column is left-aligned, the others right-aligned."""
+    drawn = Table(title=title or None, title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        drawn.add_row(*map(str, row))
+    console.print(drawn)
+
+
+def size(count: float) -> str:
+    """Bytes for a person: `364.2 kB` (1 kB = 1000 bytes)."""
+    power = min(4, int(math.log(max(count, 1), 1000)))
+    unit = ("B", "kB", "MB", "GB", "TB")[power]
+    return f"{count / 1000**power:.1f} {unit}" if power else f"{count:.0f} B"
+
+
+def plot_losses(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Write training (line) and validation (markers) curves in bits per byte as a PNG.
+
+    Args:
+        path: of the PNG.
+        runs: label -> records of `metrics.jsonl`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for (label, records), style in zip(runs.items(), ("-", "--", "-.", ":"), strict=False):
+        bits = [(r["step"], r["loss"] / math.log(2)) for r in records]
+        held = [(r["step"], r["valid_loss"] / math.log(2)) for r in records if "valid_loss" in r]
+        (line,) = axes.plot(*zip(*bits, strict=True), style, linewidth=1.2, label=f"{label}, train")
+        axes.plot(
+            *zip(*held, strict=True), "o", color=line.get_color(), markersize=5,
+            markerfacecolor="white" if style != "-" else None, label=f"{label}, held out",
+        )  # fmt: skip
+    axes.set(xlabel="step", ylabel="bits per byte", title="Training loss")
+    highest = max(r["loss"] for records in runs.values() for r in records[len(records) // 20 :])
+    axes.set_ylim(top=highest / math.log(2) * 1.02)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
