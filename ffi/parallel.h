@@ -17,9 +17,9 @@
 
 namespace bitjax {
 
-// Polls of the counter before the caller sleeps: some 10 us, about a chunk's length, because a
-// sleep and a wake-up cost as much as that.
-constexpr int kSpinPolls = 2000;
+// Polls of the counter before the caller sleeps: 10-20 us at the 60-140 cycles a pause takes, a few
+// times the length of a chunk, because a sleep and a wake-up cost about as much.
+constexpr int kSpinPolls = 500;
 
 inline void spin_pause() {
 #if defined(__x86_64__) || defined(__i386__)
