@@ -1,8 +1,8 @@
 """The Python entry points for notebooks and scripts, shared by the command line.
 
-    from bitjax.api import load
-    model = load("shakespeare.safetensors")
-    print(Generator(model).generate(["ROMEO:"])[0].text)
+from bitjax.api import load
+model = load("shakespeare.safetensors")
+print(Generator(model).generate(["ROMEO:"])[0].text)
 """
 
 from __future__ import annotations

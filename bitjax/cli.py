@@ -45,8 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, run: object, summary: str, more: str = "") -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}"
-                                    f"{summary[1:]}. {more}".strip())  # fmt: skip
+        added = commands.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {more}".strip()
+        )
         added.set_defaults(run=run)
         return added
 
@@ -54,36 +55,68 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("model", type=Path, help="a model file, or a run directory")
 
     demo = command(
-        "demo", _demo, "train a ternary model and its full-precision twin, compare, pack, generate",
+        "demo",
+        _demo,
+        "train a ternary model and its full-precision twin, compare, pack, generate",
         "Takes a few minutes on two cores; interrupted, the same command goes on.",
-    )  # fmt: skip
-    demo.add_argument("--text", default="", metavar="PATH",
-                      help="train on this file instead of the packaged Shakespeare")  # fmt: skip
-    demo.add_argument("--out", type=Path, default=Path("bitjax-demo"), metavar="DIR",
-                      help="directory of the results (default: bitjax-demo)")  # fmt: skip
+    )
+    demo.add_argument(
+        "--text",
+        default="",
+        metavar="PATH",
+        help="train on this file instead of the packaged Shakespeare",
+    )
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("bitjax-demo"),
+        metavar="DIR",
+        help="directory of the results (default: bitjax-demo)",
+    )
     demo.add_argument("--prompt", default="ROMEO:\n", help="text that the sample continues")
     demo.add_argument("--seed", type=int, default=0, help="of weights, data order and sample")
 
     train = command(
-        "train", _train, "train the model of a configuration",
+        "train",
+        _train,
+        "train the model of a configuration",
         "The directory's newest checkpoint, if it has one, is where training goes on.",
-    )  # fmt: skip
+    )
     train.add_argument("config", type=Path, help="a Python file with get_config(), see configs/")
     train.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run's directory")
-    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
-                       help="override a setting, e.g. --set train.steps=500; repeatable")  # fmt: skip
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="settings",
+        help="override a setting, e.g. --set train.steps=500; repeatable",
+    )
 
     evaluate = command(
         "eval", _eval, "score a text: bits per byte and perplexity with its standard error"
     )
     model_argument(evaluate)
-    evaluate.add_argument("--text", default="", metavar="PATH",
-                          help="score all of this file (default: the held-out tenth of the "
-                          "packaged Shakespeare)")  # fmt: skip
-    evaluate.add_argument("--window", type=int, default=None, metavar="N",
-                          help="tokens predicted per window (default: the model's context)")  # fmt: skip
-    evaluate.add_argument("--stride", type=int, default=None, metavar="N",
-                          help="tokens between windows (default: half a window)")  # fmt: skip
+    evaluate.add_argument(
+        "--text",
+        default="",
+        metavar="PATH",
+        help="score all of this file (default: the held-out tenth of the packaged Shakespeare)",
+    )
+    evaluate.add_argument(
+        "--window",
+        type=int,
+        default=None,
+        metavar="N",
+        help="tokens predicted per window (default: the model's context)",
+    )
+    evaluate.add_argument(
+        "--stride",
+        type=int,
+        default=None,
+        metavar="N",
+        help="tokens between windows (default: half a window)",
+    )
 
     generate = command("generate", _generate, "continue a prompt, streaming")
     model_argument(generate)
@@ -95,33 +128,57 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--min-p", type=float, default=0.0, metavar="P", help="0 keeps all")
     generate.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R")
     generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--stop", action="append", default=[], metavar="TEXT",
-                          help="end at this text; repeatable")  # fmt: skip
-    generate.add_argument("--impl", choices=("auto", "ffi", "reference"), default="auto",
-                          help="custom calls, or pure JAX (default: auto)")  # fmt: skip
+    generate.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeatable"
+    )
+    generate.add_argument(
+        "--impl",
+        choices=("auto", "ffi", "reference"),
+        default="auto",
+        help="custom calls, or pure JAX (default: auto)",
+    )
 
     convert = command(
         "convert", _convert, "write a run's model as a file, packed to 2 bits a weight or in float"
     )
     model_argument(convert)
     convert.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
-    convert.add_argument("--float", action="store_true", dest="as_float",
-                         help="keep float32 weights")  # fmt: skip
-    convert.add_argument("--tables", choices=("float32", "bfloat16"), default="float32",
-                         help="number format of the embedding and head of a packed file")  # fmt: skip
+    convert.add_argument(
+        "--float", action="store_true", dest="as_float", help="keep float32 weights"
+    )
+    convert.add_argument(
+        "--tables",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="number format of the embedding and head of a packed file",
+    )
     convert.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
 
     inspect = command("inspect", _inspect, "show what a model file or a run directory holds")
     model_argument(inspect)
 
     bench = command(
-        "bench", _bench, "time the packed product of every kernel this machine can run",
+        "bench",
+        _bench,
+        "time the packed product of every kernel this machine can run",
         "Weights are cycled through more memory than the caches hold. The last line is JSON.",
-    )  # fmt: skip
-    bench.add_argument("--shape", type=int, nargs=2, default=(2560, 6912), metavar=("N", "K"),
-                       help="output and input features (default: 2560 6912)")  # fmt: skip
-    bench.add_argument("--rows", type=int, nargs="+", default=(1, 8, 128), metavar="M",
-                       help="activation rows (default: 1 8 128)")  # fmt: skip
+    )
+    bench.add_argument(
+        "--shape",
+        type=int,
+        nargs=2,
+        default=(2560, 6912),
+        metavar=("N", "K"),
+        help="output and input features (default: 2560 6912)",
+    )
+    bench.add_argument(
+        "--rows",
+        type=int,
+        nargs="+",
+        default=(1, 8, 128),
+        metavar="M",
+        help="activation rows (default: 1 8 128)",
+    )
     return parser
 
 
@@ -158,12 +215,15 @@ def _eval(arguments: argparse.Namespace) -> None:
     score = score_text(model_scorer(model), tokens, window, arguments.stride)
     terminal.table(
         ("text", "bytes scored", "bits per byte", "perplexity per byte"),
-        [(
-            name, f"{score.tokens:,}",
-            f"{score.bits_per_byte:.4f} ± {score.bits_per_byte_error:.4f}",
-            f"{score.perplexity:.3f}",
-        )],
-    )  # fmt: skip
+        [
+            (
+                name,
+                f"{score.tokens:,}",
+                f"{score.bits_per_byte:.4f} ± {score.bits_per_byte_error:.4f}",
+                f"{score.perplexity:.3f}",
+            )
+        ],
+    )
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -172,11 +232,15 @@ def _generate(arguments: argparse.Namespace) -> None:
     from bitjax.infer import Generator, SamplingParams
 
     params = SamplingParams(
-        max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
-        top_k=arguments.top_k, top_p=arguments.top_p, min_p=arguments.min_p,
-        repetition_penalty=arguments.repetition_penalty, seed=arguments.seed,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
+        seed=arguments.seed,
         stop=tuple(arguments.stop),
-    )  # fmt: skip
+    )
     stream_text(Generator(load(arguments.model, arguments.impl)), arguments.prompt, params)
 
 
@@ -206,7 +270,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _bench(arguments: argparse.Namespace) -> None:
     from bitjax.bench import bench
 
-    bench(*arguments.shape, arguments.rows)
+    rows, cols = arguments.shape
+    bench(rows, cols, arguments.rows)
 
 
 if __name__ == "__main__":

@@ -193,9 +193,7 @@ def from_dict(kind: type[C], data: Any, where: str = "") -> C:
     hints = typing.get_type_hints(kind)
     known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for key in data:
-        _require(
-            key in known, f"unknown setting {where}{key}; {name} has {', '.join(known)}"
-        )
+        _require(key in known, f"unknown setting {where}{key}; {name} has {', '.join(known)}")
     values = {
         key: from_dict(hints[key], value, f"{where}{key}.")
         if dataclasses.is_dataclass(hints[key])

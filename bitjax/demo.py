@@ -7,6 +7,7 @@ file with the custom calls. Interrupted, it goes on where it stopped.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from bitjax import terminal
-from bitjax.config import RunConfig
+from bitjax.config import RunConfig, WeightQuantizer
 from bitjax.evaluate import TextScore, model_scorer, score_text
 from bitjax.infer import Generator, SamplingParams, pack_model
 from bitjax.model import Transformer, bit_linears
@@ -25,7 +26,10 @@ from bitjax.presets import shakespeare
 from bitjax.terminal import console
 from bitjax.train import Trainer, data, read_metrics, train
 
-ARMS = {"ternary": "ternary", "full precision": "float"}  # label -> ModelConfig.weights
+ARMS: dict[str, WeightQuantizer] = {
+    "ternary": "ternary",
+    "full precision": "float",
+}  # label -> ModelConfig.weights
 
 
 def run_demo(directory: Path, text: str = "", prompt: str = "ROMEO:\n", seed: int = 0) -> None:
@@ -70,10 +74,7 @@ def _compare(
     gap = scores["ternary"].bits_per_byte - scores["full precision"].bits_per_byte
     terminal.table(
         ("model", "bits per byte", "perplexity per byte"),
-        [
-            (label, f"{s.bits_per_byte:.3f}", f"{s.perplexity:.2f}")
-            for label, s in scores.items()
-        ]
+        [(label, f"{s.bits_per_byte:.3f}", f"{s.perplexity:.2f}") for label, s in scores.items()]
         + [("gap", f"{gap:+.3f}", "")],
         title=f"{text.name}: all {len(text.valid):,} held-out bytes",
     )
@@ -119,10 +120,13 @@ def _show_agreement(trained: Transformer, packed: Transformer, config: RunConfig
     operation by operation nothing can differ. Compiled, XLA may reorder the float32 sums of norms,
     softmax and means, and an activation at a rounding tie may then land on the next code.
     """
-    tokens = data.load_text(config.data).valid[: config.train.seq_len].astype(np.int32)[None]
-    trained_logits, packed_logits = trained(tokens), packed(tokens)
+    tokens_1xT = data.load_text(config.data).valid[: config.train.seq_len].astype(np.int32)[None]
+    trained_logits, packed_logits = (
+        trained(jnp.asarray(tokens_1xT)),
+        packed(jnp.asarray(tokens_1xT)),
+    )
     compiled = [
-        jax.jit(lambda p, t, g=graph: nnx.merge(g, p)(t))(params, tokens)
+        jax.jit(lambda p, t, g=graph: nnx.merge(g, p)(t))(params, tokens_1xT)
         for graph, params in (nnx.split(trained), nnx.split(packed))
     ]
     terminal.table(
@@ -141,17 +145,16 @@ def _difference(a: jax.Array, b: jax.Array) -> tuple[str, str]:
 
 
 def _sample(packed: Transformer, directory: Path, prompt: str, seed: int) -> None:
-    params = SamplingParams(
-        max_new_tokens=packed.config.max_seq_len, temperature=0.8, seed=seed
-    )
-    generator = Generator(packed)
-    list(generator.stream(prompt, SamplingParams(max_new_tokens=2)))  # compile first
+    params = SamplingParams(max_new_tokens=packed.config.max_seq_len, temperature=0.8, seed=seed)
     console.print(f"\n[bold]{directory / 'ternary-packed.safetensors'}[/bold] continues:\n")
-    stream_text(generator, prompt, params)
+    stream_text(Generator(packed), prompt, params)
 
 
 def stream_text(generator: Generator, prompt: str, params: SamplingParams) -> None:
     """Print the prompt and its continuation as it is generated, then the rate and the kernel."""
+    started = time.perf_counter()
+    generator.compile(prompt)
+    compiled = time.perf_counter() - started
     console.print(prompt, end="", markup=False)
     stream = generator.stream(prompt, params)
     for piece in stream:
@@ -160,7 +163,7 @@ def stream_text(generator: Generator, prompt: str, params: SamplingParams) -> No
     kernel = ffi.active_kernel() if ffi.available() else "pure JAX"
     console.print(
         f"\n\n[dim]{done.tokens} tokens, {done.tokens_per_second:,.0f} tokens/s, prompt in "
-        f"{1000 * done.prefill_seconds:.1f} ms, kernel {kernel}[/dim]"
+        f"{1000 * done.prefill_seconds:.1f} ms, compiled in {compiled:.1f} s, kernel {kernel}[/dim]"
     )
 
 

@@ -48,7 +48,7 @@ def inspect(path: Path) -> None:
 
 def layer_rows(model: Transformer) -> list[tuple[str, ...]]:
     """One row per linear layer: shape, storage, fraction of each code, scale."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, layer in bit_linears(model):
         weight = layer.weight.get_value()
         shape = " x ".join(map(str, weight.shape))

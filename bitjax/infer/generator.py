@@ -93,6 +93,11 @@ class Generator:
         """
         return Stream(self, prompt, params or SamplingParams())
 
+    def compile(self, prompt: str) -> None:
+        """Compile for one sequence with a prompt of this length, before anything is timed."""
+        for _ in self.stream(prompt, SamplingParams(max_new_tokens=2)):
+            pass
+
     def generate(
         self,
         prompts: Sequence[str],
@@ -126,9 +131,7 @@ class Generator:
                 break
         ended = time.perf_counter()
         return [
-            Completion(
-                prompt, w.text, w.tokens, w.finish_reason, first - started, ended - first
-            )
+            Completion(prompt, w.text, w.tokens, w.finish_reason, first - started, ended - first)
             for prompt, w in zip(prompts, writers, strict=True)
         ]
 

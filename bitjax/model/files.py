@@ -232,4 +232,3 @@ def _read_safetensors(path: Path) -> tuple[str, dict[str, np.ndarray]]:
         raw = np.asarray(data[start + first : start + last])
         tensors[name] = raw.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return about, tensors
-

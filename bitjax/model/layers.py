@@ -11,8 +11,6 @@ in float32.
 
 from __future__ import annotations
 
-from typing import cast
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -122,7 +120,7 @@ class FeedForward(nnx.Module):
         """Returns `[B, T, D]`."""
         gate = self.gate(x_BxTxD)
         gate = jax.nn.silu(gate) if self.activation == "silu" else jnp.square(jax.nn.relu(gate))
-        hidden_BxTxF = cast(jax.Array, gate * self.up(x_BxTxD))
+        hidden_BxTxF = gate * self.up(x_BxTxD)
         if self.sub_norm is not None:
             hidden_BxTxF = self.sub_norm(hidden_BxTxF)
         return self.down(hidden_BxTxF)

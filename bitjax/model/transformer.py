@@ -94,10 +94,13 @@ class Transformer(nnx.Module):
                 f"positions have shape {positions_BxT.shape}; tokens have {tokens_BxT.shape}"
             )
         x_BxTxD = self.embedding[...][tokens_BxT].astype(self.dtype)
-        updated = []
+        updated: list[KVCache] = []
         for i, block in enumerate(self.blocks):
-            x_BxTxD, layer_cache = block(x_BxTxD, positions_BxT, None if cache is None else cache[i])
-            updated.append(layer_cache)
+            x_BxTxD, layer_cache = block(
+                x_BxTxD, positions_BxT, None if cache is None else cache[i]
+            )
+            if layer_cache is not None:
+                updated.append(layer_cache)
         return self.norm(x_BxTxD), None if cache is None else tuple(updated)
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -52,6 +52,4 @@ def ternary_matmul(x: jax.Array, weights: PackedTernary, impl: Impl = "auto") ->
         return accelerated(x, weights)
     if impl != "auto":
         raise ValueError(f"impl={impl!r} is not auto, ffi or reference")
-    return jax.lax.platform_dependent(
-        x, weights, cpu=accelerated, default=reference.ternary_matmul
-    )
+    return jax.lax.platform_dependent(x, weights, cpu=accelerated, default=reference.ternary_matmul)

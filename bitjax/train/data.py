@@ -57,7 +57,7 @@ def load_text(config: DataConfig) -> Text:
     """
     tokens, name = read_tokens(config.text)
     split = len(tokens) - int(len(tokens) * config.valid_fraction)
-    return Text(tokens[:split], tokens[split:], hashlib.sha256(tokens).hexdigest(), name)
+    return Text(tokens[:split], tokens[split:], hashlib.sha256(tokens.data).hexdigest(), name)
 
 
 def require_length(text: Text, seq_len: int) -> None:

@@ -24,7 +24,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import jax
 import numpy as np
 
 from bitjax.config import RunConfig, to_json
@@ -226,9 +225,3 @@ class _SignalFlag:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
-
-
-def device_summary() -> str:
-    """One line on what the run computes with, e.g. `cpu x 1`."""
-    devices = jax.devices()
-    return f"{devices[0].platform} x {len(devices)}"

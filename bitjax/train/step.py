@@ -49,10 +49,10 @@ class Trainer:
         self.graph = nnx.graphdef(model)
         self.optimizer = make_optimizer(config.optimizer, config.train.steps)
         self.learning_rate = learning_rate(config.optimizer, config.train.steps)
-        self.step: Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]] = jax.jit(
-            self._step, donate_argnums=0
+        self.step: Callable[[TrainState, jax.typing.ArrayLike], tuple[TrainState, Metrics]] = (
+            jax.jit(self._step, donate_argnums=0)
         )
-        self.loss: Callable[[Params, jax.Array], jax.Array] = jax.jit(self._loss)
+        self.loss: Callable[[Params, jax.typing.ArrayLike], jax.Array] = jax.jit(self._loss)
 
     def _model(self) -> Transformer:
         train = self.config.train
