@@ -55,12 +55,9 @@ std::string text(Dims dims) {
   return result + "]";
 }
 
-struct InvalidArgument : std::invalid_argument {
-  using std::invalid_argument::invalid_argument;
-};
-
-void require(bool condition, const char* what, const std::string& wanted, const std::string& got) {
-  if (!condition) throw InvalidArgument(std::string(what) + ": wanted " + wanted + ", got " + got);
+// What is wrong with an operand; built only when something is, since a product takes microseconds.
+std::invalid_argument wrong(const char* what, const std::string& wanted, const std::string& got) {
+  return std::invalid_argument(std::string(what) + ": wanted " + wanted + ", got " + got);
 }
 
 // One product of M consecutive rows with one weight tensor.
@@ -88,16 +85,13 @@ int64_t product(Dims dims, size_t count) {
   return result;
 }
 
-// Enumerates the broadcast leading dimensions. Trailing ones that only x has are folded into M, so
-// that all its rows share a pass over the weights.
-void add_items(Dims x, Dims codes, Dims scale, size_t lead, Plan& plan) {
-  while (lead > 0 && codes[lead - 1] == 1 && (scale.size() == 0 || scale[lead - 1] == 1))
-    plan.m *= x[--lead];
+// Enumerates the first `lead` dimensions of y, which the operands broadcast to. Trailing ones that
+// only x has are folded into M, so that all its rows share a pass over the weights.
+void add_items(Dims x, Dims codes, Dims scale, bool has_scale, Dims y, size_t lead, Plan& plan) {
+  const auto scale_size = [&](size_t d) { return has_scale ? scale[d] : 1; };
+  while (lead > 0 && codes[lead - 1] == 1 && scale_size(lead - 1) == 1) plan.m *= x[--lead];
 
-  int64_t count = 1;
-  for (size_t d = 0; d < lead; ++d)
-    count *= std::max({x[d], codes[d], scale.size() == 0 ? 1 : scale[d]}) *
-             (x[d] == 0 || codes[d] == 0 || (scale.size() != 0 && scale[d] == 0) ? 0 : 1);
+  const int64_t count = product(y, lead);
   plan.items.reserve(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; ++i) {
     Item item{0, 0, 0, i * plan.m};
@@ -106,28 +100,28 @@ void add_items(Dims x, Dims codes, Dims scale, size_t lead, Plan& plan) {
     int64_t codes_step = 1;
     int64_t scale_step = 1;
     for (size_t d = lead; d-- > 0;) {
-      const int64_t scale_size = scale.size() == 0 ? 1 : scale[d];
-      const int64_t size = std::max({x[d], codes[d], scale_size});
-      const int64_t at = rest % size;
-      rest /= size;
-      item.x_row += (x[d] == 1 ? 0 : at) * x_step;
-      item.codes += (codes[d] == 1 ? 0 : at) * codes_step;
-      item.w_scale += (scale_size == 1 ? 0 : at) * scale_step;
+      const int64_t at = rest % y[d];
+      rest /= y[d];
+      item.x_row += x[d] == 1 ? 0 : at * x_step;
+      item.codes += codes[d] == 1 ? 0 : at * codes_step;
+      item.w_scale += scale_size(d) == 1 ? 0 : at * scale_step;
       x_step *= x[d];
       codes_step *= codes[d];
-      scale_step *= scale_size;
+      scale_step *= scale_size(d);
     }
     plan.items.push_back(item);
   }
 }
 
 Plan make_plan(Dims x, Dims codes, Dims scale, bool has_scale, Dims y) {
-  require(x.size() >= 2, "x", "[..., M, K]", text(x));
+  if (x.size() < 2) throw wrong("x", "[..., M, K]", text(x));
   const size_t lead = x.size() - 2;
-  const std::string lead_text = std::to_string(lead) + " leading dimensions, as x has";
-  require(y.size() == x.size(), "result", "[..., M, N] with " + lead_text, text(y));
-  require(codes.size() == lead + 3, "codes", "[..., NB, KB, 64] with " + lead_text, text(codes));
-  if (has_scale) require(scale.size() == lead, "w_scale", "[...] with " + lead_text, text(scale));
+  const auto with_lead = [&](const char* dims) {
+    return dims + (" with " + std::to_string(lead)) + " leading dimensions, as x has";
+  };
+  if (y.size() != lead + 2) throw wrong("result", with_lead("[..., M, N]"), text(y));
+  if (codes.size() != lead + 3) throw wrong("codes", with_lead("[..., NB, KB, 64]"), text(codes));
+  if (has_scale && scale.size() != lead) throw wrong("w_scale", with_lead("[...]"), text(scale));
 
   Plan plan;
   plan.m = x[lead];
@@ -136,22 +130,28 @@ Plan make_plan(Dims x, Dims codes, Dims scale, bool has_scale, Dims y) {
   plan.row_blocks = blocks_of(plan.n);
   plan.input_blocks = blocks_of(plan.k);
   plan.x_rows = product(x, lead + 1);
-  require(plan.k <= kMaxInputs, "x", "K <= " + std::to_string(kMaxInputs), text(x));
-  require(y[lead] == plan.m, "result", "M = " + std::to_string(plan.m), text(y));
-  require(codes[lead] == plan.row_blocks && codes[lead + 1] == plan.input_blocks &&
-              codes[lead + 2] == kBlockBytes,
-          "codes",
-          "[..., " + std::to_string(plan.row_blocks) + ", " + std::to_string(plan.input_blocks) +
-              ", 64] for K = " + std::to_string(plan.k) + " and N = " + std::to_string(plan.n),
-          text(codes));
-  for (size_t d = 0; d < lead; ++d) {
-    const auto fits = [&](int64_t size) { return size == 1 || size == y[d]; };
-    const bool exact = x[d] == y[d] || codes[d] == y[d] || (has_scale && scale[d] == y[d]);
-    require(fits(x[d]) && fits(codes[d]) && (!has_scale || fits(scale[d])) && exact, "result",
-            "leading dimensions that x, codes and w_scale broadcast to",
-            text(y) + " for x " + text(x) + " and codes " + text(codes));
+  if (plan.k > kMaxInputs) throw wrong("x", "K <= " + std::to_string(kMaxInputs), text(x));
+  if (y[lead] != plan.m) throw wrong("result", "M = " + std::to_string(plan.m), text(y));
+  if (codes[lead] != plan.row_blocks || codes[lead + 1] != plan.input_blocks ||
+      codes[lead + 2] != kBlockBytes) {
+    const std::string wanted =
+        "[..., " + std::to_string(plan.row_blocks) + ", " + std::to_string(plan.input_blocks) +
+        ", 64] for K = " + std::to_string(plan.k) + " and N = " + std::to_string(plan.n);
+    throw wrong("codes", wanted, text(codes));
   }
-  add_items(x, codes, scale, lead, plan);
+  for (size_t d = 0; d < lead; ++d) {
+    const int64_t sizes[] = {x[d], codes[d], has_scale ? scale[d] : 1};
+    bool fits = true;
+    bool reached = false;
+    for (const int64_t size : sizes) {
+      fits &= size == 1 || size == y[d];
+      reached |= size == y[d];
+    }
+    if (!fits || !reached)
+      throw wrong("result", "the leading dimensions that x, codes and w_scale broadcast to",
+                  text(y) + " for x " + text(x) + " and codes " + text(codes));
+  }
+  add_items(x, codes, scale, has_scale, y, lead, plan);
   return plan;
 }
 
@@ -278,7 +278,7 @@ std::string text(ffi::DataType type) {
 }
 
 void require_type(const ffi::AnyBuffer& buffer, ffi::DataType wanted, const char* what) {
-  require(buffer.element_type() == wanted, what, text(wanted), text(buffer.element_type()));
+  if (buffer.element_type() != wanted) throw wrong(what, text(wanted), text(buffer.element_type()));
 }
 
 // No exception crosses into XLA.
@@ -313,8 +313,8 @@ ffi::Error ternary_matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer
                           ffi::AnyBuffer w_scale, ffi::Result<ffi::AnyBuffer> y) {
   return guarded(kMatmul, [&] {
     const bool bf16 = x.element_type() == ffi::DataType::BF16;
-    require(bf16 || x.element_type() == ffi::DataType::F32, "x", "f32 or bf16",
-            text(x.element_type()));
+    if (!bf16 && x.element_type() != ffi::DataType::F32)
+      throw wrong("x", "f32 or bf16", text(x.element_type()));
     require_type(codes, ffi::DataType::U8, "codes");
     require_type(w_scale, ffi::DataType::F32, "w_scale");
     require_type(*y, x.element_type(), "result");

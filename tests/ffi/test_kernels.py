@@ -403,7 +403,7 @@ Q = X.astype(jnp.int8)
             F32,
             ((3, 2, 20), np.float32),
             (X[None].repeat(2, 0), CODES[None], ONE[None]),
-            r"result: wanted leading dimensions .* got \[3, 2, 20\]",
+            r"result: wanted the leading dimensions .* got \[3, 2, 20\]",
         ),
         (I32, ((2, 20), np.int32), (X, CODES), "x: wanted s8, got f32"),
         (I32, ((2, 20), np.float32), (Q, CODES), "result: wanted s32, got f32"),
