@@ -92,7 +92,7 @@ class Trainer:
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": self.learning_rate(state.step),
         }
         return TrainState(state.step + 1, params, opt_state), metrics

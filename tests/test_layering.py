@@ -1,0 +1,89 @@
+"""The import rules of the architecture, read from the source: arrows point one way."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "bitjax"
+
+# Each room may import the rooms of earlier lines, and its own.
+LAYERS = [
+    {"config", "quant", "packing", "tokenizer"},
+    {"ops", "presets"},
+    {"model"},
+    {"train", "infer", "evaluate"},
+    {"api", "recipe"},
+    {"terminal"},
+    {"demo", "inspection", "bench"},
+    {"cli"},
+]
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """Dotted names of every module imported anywhere in a file, with `from a import b` as a.b."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    room = room_of(path)
+    for name in imports(path):
+        parts = name.split(".")
+        assert parts[0] not in ("configs", "experiments", "tests"), f"{path} imports {name}"
+        assert "_src" not in parts, f"{path} uses the private {name}"
+        if parts[0] != "bitjax" or room == "__init__" or parts[1] == "__version__":
+            continue
+        other = parts[1]
+        if other == "_ffi":
+            assert path == PACKAGE / "ops" / "ffi.py", f"{path} imports the extension"
+            continue
+        assert other in LEVEL, f"{path} imports {name}, which is in no layer"
+        assert other == room or LEVEL[other] < LEVEL[room], f"{path} ({room}) imports {name}"
+
+
+def test_every_room_has_a_layer():
+    rooms = {room_of(path) for path in SOURCES} - {"__init__"}
+    assert rooms == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)
+def test_recipes_import_configuration_only(path):
+    allowed = ("bitjax.config.", "bitjax.presets.")
+    assert all(name.startswith(allowed) for name in imports(path) if name.startswith("bitjax"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ffi").iterdir()), ids=lambda p: p.name)
+def test_headers_stay_in_their_files(path):
+    """XLA only in the handlers, nanobind only in the module, intrinsics only in kernels_*."""
+    if path.suffix not in (".cc", ".h"):
+        return
+    included = [line for line in path.read_text().splitlines() if line.startswith("#include")]
+    for line in included:
+        assert "xla/" not in line or path.stem in ("handlers", "parallel", "module"), line
+        assert "nanobind" not in line or path.name == "module.cc", line
+        intrinsics = "immintrin" in line or "arm_neon" in line
+        assert not intrinsics or path.stem.startswith("kernels_"), f"{path.name}: {line}"
+
+
+def test_import_is_light():
+    """`import bitjax` needs neither JAX nor the extension."""
+    import subprocess
+    import sys
+
+    code = "import sys, bitjax; sys.exit('jax' in sys.modules or 'bitjax._ffi' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
