@@ -7,6 +7,8 @@
 // Inputs lie in heap buffers of exactly their size, at odd offsets, so that the address sanitizer
 // sees every byte read or written outside them.
 
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -337,6 +339,23 @@ void test_loop() {
       }
 }
 
+// Helpers hold their chunks longer than the caller does, past its spinning: it has to wait for
+// them.
+void test_loop_waits() {
+  TestPool pool(TestPool::When::kThread, 3);
+  const std::thread::id caller = std::this_thread::get_id();
+  std::vector<std::atomic<int>> seen(12);
+  const auto body = [&](int64_t chunk) {
+    const bool helper = std::this_thread::get_id() != caller;
+    std::this_thread::sleep_for(std::chrono::milliseconds(helper ? 20 : 2));
+    ++seen[static_cast<size_t>(chunk)];
+  };
+  parallel_for(pool, static_cast<int64_t>(seen.size()), body);
+  bool once = true;
+  for (const auto& count : seen) once &= count == 1;
+  check(once, "parallel_for: returns when every chunk is done");
+}
+
 template <typename Function>
 bool refuses(const Function& function) {
   try {
@@ -380,6 +399,7 @@ int run() {
   test_format();
   test_epilogue();
   test_loop();
+  test_loop_waits();
   test_dispatch();
   std::vector<Kernel> kernels;
   for (const std::string& name : available_kernels()) {
