@@ -347,7 +347,7 @@ void test_loop_waits() {
   std::vector<std::atomic<int>> seen(12);
   const auto body = [&](int64_t chunk) {
     const bool helper = std::this_thread::get_id() != caller;
-    std::this_thread::sleep_for(std::chrono::milliseconds(helper ? 20 : 2));
+    std::this_thread::sleep_for(std::chrono::milliseconds(helper ? 200 : 2));
     ++seen[static_cast<size_t>(chunk)];
   };
   parallel_for(pool, static_cast<int64_t>(seen.size()), body);
