@@ -342,7 +342,6 @@ void test_loop() {
 // Helpers hold their chunks longer than the caller does, past its spinning: it has to wait for
 // them.
 void test_loop_waits() {
-  TestPool pool(TestPool::When::kThread, 3);
   const std::thread::id caller = std::this_thread::get_id();
   std::vector<std::atomic<int>> seen(12);
   const auto body = [&](int64_t chunk) {
@@ -350,6 +349,7 @@ void test_loop_waits() {
     std::this_thread::sleep_for(std::chrono::milliseconds(helper ? 200 : 2));
     ++seen[static_cast<size_t>(chunk)];
   };
+  TestPool pool(TestPool::When::kThread, 3);
   parallel_for(pool, static_cast<int64_t>(seen.size()), body);
   bool once = true;
   for (const auto& count : seen) once &= count == 1;
