@@ -1,10 +1,21 @@
-"""A strict run: two CPU devices, rank promotion raises, warnings are errors (pyproject.toml)."""
+"""A strict run: two CPU devices, rank promotion raises, warnings are errors (pyproject.toml).
 
+Programs compiled once are shared by all tests of a run, subprocesses included.
+"""
+
+import atexit
 import os
+import shutil
+import tempfile
 
+cache = tempfile.mkdtemp(prefix="bitjax-test-")
+atexit.register(shutil.rmtree, cache, ignore_errors=True)
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 )
+os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 import jax  # noqa: E402
 

