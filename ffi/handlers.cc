@@ -33,8 +33,9 @@ namespace {
 namespace ffi = xla::ffi;
 using Dims = ffi::AnyBuffer::Dimensions;
 
-// Up to this many multiply-adds a call stays on the calling thread. That is some 6 us of a VNNI core
-// (1024 x 1024, one row, on Zen 4); a second thread would save 2 us of it and keep a core awake.
+// Up to this many multiply-adds a call stays on the calling thread. That is some 6 us of a VNNI
+// core (1024 x 1024, one row, on Zen 4); a second thread would save 2 us of it and keep a core
+// awake.
 constexpr int64_t kSerialWork = int64_t{1} << 20;
 
 // Multiply-adds in a chunk, at least: 1-2 us of a VNNI core, a hundred times an atomic claim.

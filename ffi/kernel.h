@@ -3,7 +3,7 @@
 // Activations, one token at a time (x of length K, float32; bfloat16 is widened exactly):
 //   amax    = max(max_k |x_k|, 1e-5)
 //   q_k     = clip(round_half_even(x_k * (127 / amax)), -128, 127)      int8
-//   x_scale = amax / 127                                                 dequant(x) = q * x_scale
+//   x_scale = amax * (1 / 127)                                           dequant(x) = q * x_scale
 // Product with packed weights of code c = w + 1 (packed_format.h):
 //   acc_n   = sum_k q_k * w_nk = sum_k q_k * c_nk - sum_k q_k            exact int32
 // The final scaling is not a kernel's business: epilogue.h does it once for all of them.
@@ -36,6 +36,8 @@ constexpr int kMaxTileBlocks = 8;
 // The activations' smallest amax and their quantisation range.
 constexpr float kMinAmax = 1e-5F;
 constexpr float kQuantMax = 127.0F;
+// A product, not a division: XLA compiles the reference's division by a constant to this product.
+constexpr float kInverseQuantMax = 1.0F / kQuantMax;
 
 // Quantises x [k] to q [k_padded], writes zeros to q[k..k_padded), and returns x_scale and the sum
 // of q. k_padded is the multiple of 16 at or above k. A row that holds NaN or an infinity gets q =

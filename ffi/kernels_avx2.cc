@@ -86,7 +86,7 @@ void quantize_row(const T* x, int64_t k, int64_t k_padded, int8_t* q, float* x_s
     _mm_storel_epi64(reinterpret_cast<__m128i*>(q + i), _mm_packs_epi16(words, words));
   }
   *q_sum = reduce_add(sum);
-  *x_scale = finite ? amax / kQuantMax : __builtin_nanf("");
+  *x_scale = finite ? amax * kInverseQuantMax : __builtin_nanf("");
 }
 
 // 8 output rows (one half of every block) with M rows of activations.

@@ -59,7 +59,7 @@ void quantize_row(const T* x, int64_t k, int64_t k_padded, int8_t* q, float* x_s
     _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), _mm512_cvtsepi32_epi8(rounded));
   }
   *q_sum = _mm512_reduce_add_epi32(sum);
-  *x_scale = finite ? amax / kQuantMax : __builtin_nanf("");
+  *x_scale = finite ? amax * kInverseQuantMax : __builtin_nanf("");
 }
 
 // Few rows: planes masked in place. The 4 * M accumulators are as many independent chains, which

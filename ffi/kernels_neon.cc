@@ -63,7 +63,7 @@ void quantize_row(const T* x, int64_t k, int64_t k_padded, int8_t* q, float* x_s
     vst1_s8(q + i, vqmovn_s16(vcombine_s16(vqmovn_s32(low), vqmovn_s32(high))));
   }
   *q_sum = vaddvq_s32(sum);
-  *x_scale = finite ? amax / kQuantMax : __builtin_nanf("");
+  *x_scale = finite ? amax * kInverseQuantMax : __builtin_nanf("");
 }
 
 template <int M>

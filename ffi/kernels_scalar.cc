@@ -38,7 +38,7 @@ void quantize_row(const T* x, int64_t k, int64_t k_padded, int8_t* q, float* x_s
     q[i] = static_cast<int8_t>(nearbyintf(widen(x[i]) * inv));
     *q_sum += q[i];
   }
-  *x_scale = amax / kQuantMax;
+  *x_scale = amax * kInverseQuantMax;
 }
 
 void tile_product(const uint8_t* codes, int64_t input_blocks, int row_blocks, const int8_t* q,
