@@ -109,7 +109,7 @@ Quantised quantise_oracle(const std::vector<T>& x, int64_t k_padded) {
     result.q[i] = static_cast<int>(std::fmin(127, std::fmax(-128, rounded)));
     result.sum += result.q[i];
   }
-  result.scale = static_cast<float>(static_cast<double>(amax) / 127.0);
+  result.scale = amax * static_cast<float>(1.0 / 127.0);
   return result;
 }
 

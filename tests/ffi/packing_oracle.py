@@ -35,7 +35,7 @@ def quantise(x_MxK):
     inverse = np.float32(127) / amax
     rounded = np.rint(x * inverse[:, None])  # NumPy rounds halves to even
     q = np.clip(rounded, -128, 127).astype(np.int64)
-    return q, np.where(finite, amax / np.float32(127), np.float32(np.nan)).astype(np.float32)
+    return q, np.where(finite, amax * np.float32(1 / 127), np.float32(np.nan)).astype(np.float32)
 
 
 def integer_product(q_MxK, w_NxK):

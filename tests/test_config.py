@@ -1,0 +1,269 @@
+"""Configurations: strict types and ranges, round trips, typed overrides."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from bitjax.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+    from_dict,
+    from_json,
+    override,
+    to_json,
+)
+
+SECTIONS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "train": TrainConfig,
+}
+# Every field away from its default, so that a field lost on the way is noticed.
+UNUSUAL = RunConfig(
+    ModelConfig(
+        vocab_size=300, hidden_size=24, intermediate_size=40, num_layers=3, num_heads=6,
+        num_kv_heads=2, head_dim=8, max_seq_len=77, activation="silu", sub_norm=False,
+        inner_norm=True, tie_embeddings=False, rope_theta=5e5, norm_eps=1e-6, weights="binary",
+        activations="float", init_std=0.1,
+    ),
+    DataConfig(text="a/ä \"quoted\" b.txt", valid_fraction=0.25),
+    OptimizerConfig(
+        learning_rate=0.1, stage_two_learning_rate=None, weight_decay=0.0,
+        stage_two_weight_decay=None, stage_two_at=1.0, warmup_steps=0, b1=0.0, b2=0.5, eps=1e-6,
+        clip_norm=2.5,
+    ),
+    TrainConfig(
+        steps=7, batch_size=6, seq_len=77, accumulate=3, compute_dtype="bfloat16", seed=5,
+        log_every=2, eval_every=0, checkpoint_every=3, keep_checkpoints=1,
+    ),
+)  # fmt: skip
+
+
+def test_unusual_covers_every_field():
+    default = RunConfig()
+    for section in SECTIONS:
+        for field in dataclasses.fields(getattr(default, section)):
+            values = (getattr(getattr(c, section), field.name) for c in (default, UNUSUAL))
+            assert len(set(values)) == 2, f"{section}.{field.name}"
+
+
+@pytest.mark.parametrize("config", [RunConfig(), UNUSUAL, ModelConfig(), UNUSUAL.optimizer])
+def test_json_round_trip(config):
+    text = to_json(config)
+    assert from_json(type(config), text) == config
+    assert json.loads(text) == dataclasses.asdict(config)
+
+
+def test_left_out_keys_take_defaults():
+    assert from_dict(RunConfig, {}) == RunConfig()
+    assert from_dict(RunConfig, {"train": {"steps": 3}}) == RunConfig(train=TrainConfig(steps=3))
+
+
+@pytest.mark.parametrize("config", [UNUSUAL, *(getattr(UNUSUAL, s) for s in SECTIONS)])
+def test_frozen(config):
+    field = dataclasses.fields(config)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError, match=f"cannot assign to field '{field}'"):
+        setattr(config, field, getattr(config, field))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "ModelConfig is not valid JSON: Expecting value: line 1"),
+        ('{"vocab_size": 5', "ModelConfig is not valid JSON: Expecting ',' delimiter"),
+        ("[" * 100_000, "ModelConfig is not valid JSON: .*recursion"),
+        ('{"vocab_size": ' + "9" * 5000 + "}", "ModelConfig is not valid JSON: .*4300 digits"),
+        ("[1, 2]", r"ModelConfig is not an object of settings: \[1, 2\]"),
+        ("null", "ModelConfig is not an object of settings: None"),
+        ('{"vocab": 5}', "unknown setting vocab; ModelConfig has vocab_size, hidden_size,"),
+        ('{"norm_eps": NaN}', "model.norm_eps=nan is not of type float"),
+        ('{"norm_eps": 1e999}', "model.norm_eps=inf is not of type float"),
+    ],
+)
+def test_json_errors(text, message):
+    with pytest.raises(ValueError, match=message):
+        from_json(ModelConfig, text)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"modle": {}}, "unknown setting modle; RunConfig has model, data, optimizer, train$"),
+        ({"model": {"depth": 2}}, "unknown setting model.depth; model has vocab_size, "),
+        ({"train": 5}, "train is not an object of settings: 5"),
+        ({"train": None}, "train is not an object of settings: None"),
+        ({"model": {"hidden_size": "64"}}, "model.hidden_size='64' is not of type int"),
+    ],
+)
+def test_section_errors(data, message):
+    with pytest.raises(ValueError, match=message):
+        from_dict(RunConfig, data)
+
+
+def test_a_section_of_the_wrong_class_is_refused():
+    with pytest.raises(ValueError, match=r"run\.model=TrainConfig\(.* is not of type ModelConfig"):
+        RunConfig(model=TrainConfig())
+
+
+# For every declared type, values that are not of it, and how the type is called.
+WRONG = {
+    "int": ((1.0, "1", None, True, float("nan"), [1]), "of type int"),
+    "float": (("1", None, True, float("nan"), float("inf"), -float("inf"), 10**400, 1j, [1.0]),
+              "of type float"),
+    "float | None": (("1", True, float("nan"), float("inf")), "of type float or None"),
+    "bool": ((0, 1, "true", None), "of type bool"),
+    "str": ((b"x", None, 3), "of type str"),
+    "DType": (("float16", None, 32), "one of float32, bfloat16"),
+    "WeightQuantizer": (("int4", None, []), "one of ternary, binary, float"),
+    "ActivationQuantizer": (("int4", None), "one of int8, float"),
+    'Literal["silu", "relu2"]': (("gelu", None), "one of silu, relu2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("section", "field"),
+    [(s, f.name) for s, kind in SECTIONS.items() for f in dataclasses.fields(kind)],
+)
+def test_wrong_types_are_refused(section, field):
+    declared = {f.name: f.type for f in dataclasses.fields(SECTIONS[section])}[field]
+    values, wanted = WRONG[declared.replace("'", '"')]
+    for value in values:
+        shown = re.escape(f"{section}.{field}={value!r} is not {wanted}")
+        with pytest.raises(ValueError, match=f"^{shown}$"):
+            SECTIONS[section](**{field: value})
+
+
+def test_an_int_is_a_fine_float():
+    assert ModelConfig(rope_theta=10_000) == ModelConfig()
+
+
+POSITIVE = {
+    "model": ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
+              "num_kv_heads", "head_dim", "max_seq_len", "rope_theta", "norm_eps", "init_std"),
+    "optimizer": ("learning_rate", "eps", "clip_norm"),
+    "train": ("steps", "batch_size", "seq_len", "accumulate", "log_every", "checkpoint_every",
+              "keep_checkpoints"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize(("section", "field"), [(s, f) for s in POSITIVE for f in POSITIVE[s]])
+def test_positive(section, field, value):
+    with pytest.raises(ValueError, match=f"^{section}.{field}={value} must be above 0$"):
+        SECTIONS[section](**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (ModelConfig, {"num_heads": 4, "num_kv_heads": 3},
+         "model.num_heads=4 is not a multiple of model.num_kv_heads=3"),
+        (ModelConfig, {"num_heads": 2, "num_kv_heads": 4},
+         "model.num_heads=2 is not a multiple of model.num_kv_heads=4"),
+        (ModelConfig, {"head_dim": 7}, "model.head_dim=7 is odd; rotary embedding needs it even"),
+        (DataConfig, {"valid_fraction": 0}, "data.valid_fraction=0 is not between 0 and 1"),
+        (DataConfig, {"valid_fraction": 1.0}, "data.valid_fraction=1.0 is not between 0 and 1"),
+        (OptimizerConfig, {"stage_two_learning_rate": -1e-3},
+         "optimizer.stage_two_learning_rate=-0.001 is negative"),
+        (OptimizerConfig, {"weight_decay": -1}, "optimizer.weight_decay=-1 is negative"),
+        (OptimizerConfig, {"stage_two_weight_decay": -1},
+         "optimizer.stage_two_weight_decay=-1 is negative"),
+        (OptimizerConfig, {"warmup_steps": -1}, "optimizer.warmup_steps=-1 is negative"),
+        (OptimizerConfig, {"b1": 1.0}, r"optimizer.b1 is not in \[0, 1\)"),
+        (OptimizerConfig, {"b1": -0.1}, r"optimizer.b1 is not in \[0, 1\)"),
+        (OptimizerConfig, {"b2": 1.0}, r"optimizer.b2 is not in \[0, 1\)"),
+        (OptimizerConfig, {"stage_two_at": 0.0}, r"optimizer.stage_two_at is not in \(0, 1\]"),
+        (OptimizerConfig, {"stage_two_at": 1.1}, r"optimizer.stage_two_at is not in \(0, 1\]"),
+        (TrainConfig, {"eval_every": -1}, "train.eval_every=-1 is negative"),
+        (TrainConfig, {"seed": -1}, "train.seed=-1 is negative"),
+        (TrainConfig, {"batch_size": 10, "accumulate": 4},
+         "train.batch_size=10 is not a multiple of train.accumulate=4"),
+        (RunConfig, {"train": TrainConfig(seq_len=257)},
+         "train.seq_len=257 exceeds model.max_seq_len=256"),
+    ],
+)  # fmt: skip
+def test_ranges(kind, settings, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        kind(**settings)
+
+
+def test_full_precision_twin_changes_nothing_but_the_quantisers():
+    twin = UNUSUAL.model.full_precision_twin()
+    assert (twin.weights, twin.activations) == ("float", "float")
+    assert dataclasses.replace(twin, weights="binary") == UNUSUAL.model
+
+
+@pytest.mark.parametrize(
+    ("setting", "section", "value"),
+    [
+        ("train.steps=12", "train", {"steps": 12}),
+        ("optimizer.learning_rate=3e-4", "optimizer", {"learning_rate": 3e-4}),
+        ("optimizer.learning_rate=1", "optimizer", {"learning_rate": 1.0}),
+        ("optimizer.stage_two_learning_rate=None", "optimizer", {"stage_two_learning_rate": None}),
+        ("optimizer.stage_two_learning_rate=null", "optimizer", {"stage_two_learning_rate": None}),
+        ("optimizer.stage_two_learning_rate=0.5", "optimizer", {"stage_two_learning_rate": 0.5}),
+        ("model.sub_norm=false", "model", {"sub_norm": False}),
+        ("model.inner_norm=True", "model", {"inner_norm": True}),
+        ("model.weights=binary", "model", {"weights": "binary"}),
+        ("train.compute_dtype=bfloat16", "train", {"compute_dtype": "bfloat16"}),
+        ("data.text=5", "data", {"text": "5"}),
+        ("data.text=none", "data", {"text": "none"}),
+        ("data.text=a=b c.txt", "data", {"text": "a=b c.txt"}),
+        ("data.text=", "data", {"text": ""}),
+        (" train.steps = 9 ", "train", {"steps": 9}),
+    ],
+)
+def test_override_is_typed_by_the_field(setting, section, value):
+    base = RunConfig()
+    wanted = dataclasses.replace(
+        base, **{section: dataclasses.replace(getattr(base, section), **value)}
+    )
+    got = override(base, [setting])
+    assert got == wanted
+    (name,) = value
+    assert type(getattr(getattr(got, section), name)) is type(value[name])
+    assert base == RunConfig()
+
+
+def test_overrides_apply_together_and_the_last_wins():
+    # Neither setting alone would be valid: seq_len must not exceed max_seq_len.
+    config = override(
+        UNUSUAL, ["train.seq_len=500", "model.max_seq_len=400", "model.max_seq_len=500"]
+    )
+    assert (config.train.seq_len, config.model.max_seq_len) == (500, 500)
+    assert override(UNUSUAL, []) == UNUSUAL
+    assert override(ModelConfig(), ["num_layers=9"]) == ModelConfig(num_layers=9)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.steps", "setting 'train.steps' is not of the form section.key=value"),
+        ("", "setting '' is not of the form section.key=value"),
+        ("=5", "unknown setting ; known here: model, data, optimizer, train"),
+        ("steps=5", "unknown setting steps; known here: model, data, optimizer, train"),
+        ("train.step=5", "unknown setting train.step; known here: steps, batch_size"),
+        ("trian.steps=5", "unknown setting trian.steps: no section 'trian'"),
+        ("train.steps.x=5", "unknown setting train.steps.x: no section 'steps'"),
+        ("model=5", "model=5 is not of type ModelConfig"),
+        ("train.steps=1.5", "train.steps=1.5 is not of type int"),
+        ("train.steps=ten", "train.steps=ten is not of type int"),
+        ("train.steps=none", "train.steps=none is not of type int"),
+        ("train.steps=0", "train.steps=0 must be above 0"),
+        ("optimizer.b1=high", "optimizer.b1=high is not of type float"),
+        ("optimizer.b1=nan", "optimizer.b1=nan is not of type float"),
+        ("optimizer.stage_two_weight_decay=x",
+         "optimizer.stage_two_weight_decay=x is not of type float or None"),
+        ("model.sub_norm=1", "model.sub_norm=1 is not of type bool"),
+        ("model.weights=int4", "model.weights=int4 is not one of ternary, binary, float"),
+    ],
+)  # fmt: skip
+def test_override_errors(setting, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        override(RunConfig(), [setting])
