@@ -10,7 +10,9 @@ from hypothesis.extra import numpy as hnp
 from bitjax import quant
 
 finite = st.floats(-1e6, 1e6, width=32)
-matrices = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=finite)
+matrices = hnp.arrays(
+    np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=finite
+)
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
 

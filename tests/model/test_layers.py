@@ -79,7 +79,9 @@ def test_gradients_are_straight_through(weights, activations):
     w = layer.weight[...]
     w_real = w if weights == "float" else WEIGHT_QUANTIZERS[weights](w).dequantize()
     x_real = x if activations == "float" else int8_per_token(x).dequantize()
-    np.testing.assert_allclose(np.asarray(by_x), np.asarray(upstream @ w_real), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        np.asarray(by_x), np.asarray(upstream @ w_real), rtol=1e-4, atol=1e-4
+    )
     np.testing.assert_allclose(
         np.asarray(by_params["weight"][...]), np.asarray(upstream.T @ x_real), rtol=1e-4, atol=1e-4
     )

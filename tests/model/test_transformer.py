@@ -34,9 +34,7 @@ def named_params(model):
 def test_against_a_plain_float64_decoder(variant):
     model = tiny_model(**({"init_std": 0.3} | VARIANTS[variant]))
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, 9)
-    expected = oracle.transformer(
-        named_params(model), dataclasses.asdict(model.config), tokens
-    )
+    expected = oracle.transformer(named_params(model), dataclasses.asdict(model.config), tokens)
     logits = np.asarray(model(jnp.asarray(tokens)[None]))[0]
     # float32 against float64; with int8 activations a rounding tie may move one code, 1/127 of the
     # largest activation, so that case is compared by its typical error.

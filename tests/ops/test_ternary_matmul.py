@@ -64,15 +64,13 @@ def test_bad_tokens_give_nan_and_only_theirs(kernel):
 
 def test_long_rows_use_the_integer_path(monkeypatch):
     """Beyond the exact range of float32 sums the reference sums in int32; shown at a small size."""
-    w, packed = make(4, 60)
+    _, packed = make(4, 60)
     x = jax.random.normal(jax.random.key(3), (2, 60))
     expected = reference.ternary_matmul(x, packed)
     monkeypatch.setattr(reference, "EXACT_FLOAT32_TERMS", 59)
     called = []
     integer = reference.ternary_matmul_i32
-    monkeypatch.setattr(
-        reference, "ternary_matmul_i32", lambda *a: called.append(1) or integer(*a)
-    )
+    monkeypatch.setattr(reference, "ternary_matmul_i32", lambda *a: called.append(1) or integer(*a))
     np.testing.assert_array_equal(np.asarray(reference.ternary_matmul(x, packed)), expected)
     assert called
 

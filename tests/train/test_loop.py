@@ -1,9 +1,7 @@
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -11,7 +9,7 @@ import pytest
 from tiny import tiny_config
 
 from bitjax.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig, override, to_json
-from bitjax.train import Diverged, Interrupted, Trainer, read_metrics, train
+from bitjax.train import Diverged, Interrupted, read_metrics, train
 from bitjax.train.checkpoint import read_run
 
 

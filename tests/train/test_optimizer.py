@@ -44,7 +44,9 @@ def test_one_stage_when_the_second_is_none():
 def test_decay_touches_linear_weights_only():
     params = nnx.state(tiny_model(tie_embeddings=False, num_layers=1), nnx.Param)
     flat = jax.tree_util.tree_flatten_with_path(decay_mask(params))[0]
-    decayed = sorted(jax.tree_util.keystr(path, simple=True, separator="/") for path, on in flat if on)
+    decayed = sorted(
+        jax.tree_util.keystr(path, simple=True, separator="/") for path, on in flat if on
+    )
     assert len(decayed) == 7
     assert all("/weight" in path for path in decayed)
     assert len(flat) == 7 + 2 + 5  # embedding and head; four norms of the block, one at the end
