@@ -1,12 +1,13 @@
 import jax
 import numpy as np
+import packing_oracle
 import pytest
 
 from bitjax.packing import FORMAT_VERSION, PackedTernary, pack, packed_shape, unpack, validate
 
 
 def test_golden_bytes():
-    # One block. Row r, column c holds ((r + c) mod 3) - 1, so code (r + c) mod 3.
+    # The same bytes stand in tests/ffi/kernel_test.cc. Row r, column c holds ((r + c) mod 3) - 1, so code (r + c) mod 3.
     w = np.fromfunction(lambda r, c: (r + c) % 3 - 1, (16, 16)).astype(np.int8)
     packed = pack(w, 0.5)
     # Byte 0 is row 0, j = 0: columns 0, 4, 8, 12 with codes 0, 1, 2, 0 -> 0 + 1*4 + 2*16 + 0*64.
@@ -28,11 +29,12 @@ def test_padding_is_weight_zero():
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 40])
 @pytest.mark.parametrize("cols", [1, 15, 16, 17, 33, 64])
-def test_round_trip(rows, cols):
+def test_round_trip_and_the_slow_packer(rows, cols):
     w = np.random.default_rng(rows * 100 + cols).integers(-1, 2, (rows, cols))
     packed = pack(w, 0.25)
     assert packed.shape == (rows, cols)
     assert packed.codes.shape == packed_shape(rows, cols)
+    np.testing.assert_array_equal(np.asarray(packed.codes), packing_oracle.pack(w))
     np.testing.assert_array_equal(np.asarray(unpack(packed)), w)
     np.testing.assert_array_equal(np.asarray(jax.jit(unpack)(packed)), w)
 

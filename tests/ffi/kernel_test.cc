@@ -254,6 +254,18 @@ void test_product(const Kernel& kernel) {
 
 // ---- format, epilogue, loop, dispatch -----------------------------------------------------------
 
+// The golden bytes of tests/test_packing.py: weight ((row + input) mod 3) - 1.
+void test_golden_bytes() {
+  const uint8_t golden[3][4] = {{36, 73, 146, 36}, {73, 146, 36, 73}, {146, 36, 73, 146}};
+  std::vector<uint8_t> block(kBlockBytes, kPaddingByte);
+  for (int r = 0; r < kBlockRows; ++r)
+    for (int i = 0; i < kBlockInputs; ++i) encode_weight(block.data(), r, i, 1, (r + i) % 3 - 1);
+  bool ok = true;
+  for (int byte = 0; byte < kBlockBytes; ++byte)
+    ok &= block[byte] == golden[byte / 4 % 3][byte % 4];
+  check(ok, "format: golden bytes");
+}
+
 void test_format() {
   std::vector<uint8_t> block(kBlockBytes, kPaddingByte);
   encode_weight(block.data(), 3, 4 * 2 + 1, 1, 1);  // row 3, plane 2, j 1: code 2 at bits 4..5
@@ -396,6 +408,7 @@ void test_dispatch() {
 }
 
 int run() {
+  test_golden_bytes();
   test_format();
   test_epilogue();
   test_loop();
