@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -177,7 +178,7 @@ def from_json(kind: type[C], text: str) -> C:
     """
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{kind.__name__} is not valid JSON: {error}") from None
     return from_dict(kind, data)
 
@@ -249,9 +250,9 @@ def _options(hint: Any) -> tuple[Any, ...]:
 def _fits(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
-    if hint is float:  # an int is a fine float, a bool is not; NaN and infinities never are
+    if hint is float:  # an int that float64 can hold is a fine float; a bool, NaN, infinity is not
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and abs(value) < float("inf")
+        return number and abs(value) <= sys.float_info.max
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)

@@ -20,7 +20,7 @@ def read_recipe(path: Path) -> RunConfig:
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         config = get_config() if callable(get_config) else None
-    except Exception as error:  # whatever the user's file raises
+    except (Exception, SystemExit) as error:  # whatever the user's file raises
         raise ValueError(f"{path} failed: {type(error).__name__}: {error}") from error
     if not isinstance(config, RunConfig):
         raise ValueError(f"{path} has no get_config() that returns a bitjax.config.RunConfig")

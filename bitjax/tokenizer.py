@@ -40,7 +40,9 @@ class ByteStreamDecoder:
 
     def feed(self, token: int) -> str:
         """Text completed by this token, possibly none; ids that are no byte give U+FFFD."""
-        return self._decoder.decode(bytes([token])) if 0 <= token < 256 else "\ufffd"
+        if not 0 <= token < 256:
+            return self.finish() + "\ufffd"
+        return self._decoder.decode(bytes([token]))
 
     def finish(self) -> str:
         """What an unfinished character at the end leaves."""

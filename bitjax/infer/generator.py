@@ -215,13 +215,15 @@ class _TextWriter:
             return ""
         self.tokens += 1
         self._held += self._decoder.feed(token)
+        last = self.tokens >= self._room
+        if last:
+            self._held += self._decoder.finish()
         found = [at for at in map(self._held.find, self._stop) if at >= 0]
         if found:
             self.finish_reason = "stop"
             return self._release(min(found))
-        if self.tokens >= self._room:
+        if last:
             self.finish_reason = "length"
-            self._held += self._decoder.finish()
             return self._release(len(self._held))
         return self._release(len(self._held) - self._possible_stop())
 

@@ -48,8 +48,11 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for holds, what in (
             (self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} is below 1"),
-            (0 <= self.temperature < float("inf"), f"temperature={self.temperature} is negative"),
-            (self.top_k >= 0, f"top_k={self.top_k} is negative"),
+            (
+                0 <= self.temperature < float("inf"),
+                f"temperature={self.temperature} is not in [0, inf)",
+            ),
+            (0 <= self.top_k < 2**31, f"top_k={self.top_k} is not in [0, 2**31)"),
             (0 < self.top_p <= 1, f"top_p={self.top_p} is not in (0, 1]"),
             (0 <= self.min_p < 1, f"min_p={self.min_p} is not in [0, 1)"),
             (
@@ -117,7 +120,9 @@ def sample(
 
     def draw() -> jax.Array:
         temperature = jnp.where(settings.temperature > 0, settings.temperature, 1.0)
-        scaled_BxV = logits_BxV / temperature[:, None]
+        # The largest becomes 0, so that a tiny temperature gives -inf but never two infinities.
+        below_BxV = logits_BxV - jnp.max(logits_BxV, axis=-1, keepdims=True)
+        scaled_BxV = below_BxV / temperature[:, None]
         filtered = (settings.top_k > 0) | (settings.top_p < 1) | (settings.min_p > 0)
         kept_BxV = jax.lax.cond(
             filtered.any(),

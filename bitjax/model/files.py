@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,9 @@ def load_model(path: Path, dtype: str = "float32", impl: Impl = "auto") -> Trans
             configuration. Nothing of it is used before all of it is checked.
     """
     about, tensors = _read_safetensors(path)
-    model = abstract_model(_read_config(path, about), dtype)
+    config = _read_config(path, about)
+    _check_layers(path, config, tensors)
+    model = abstract_model(config, dtype)
     for name, parameter in _parameters(model):
         parameter.set_value(_take(path, name, parameter.get_value(), tensors))
     if tensors:
@@ -134,6 +136,15 @@ def _read_config(path: Path, about: str) -> ModelConfig:
         return from_dict(ModelConfig, config, "model.")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _check_layers(path: Path, config: ModelConfig, tensors: Iterable[str]) -> None:
+    """Refuse a number of layers that the file does not hold, before as many are built."""
+    held = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    if held != config.num_layers:
+        raise ValueError(
+            f"{path} holds {held} layers; its configuration has num_layers={config.num_layers}"
+        )
 
 
 def _take(path: Path, name: str, like: Any, tensors: dict[str, np.ndarray]) -> Any:

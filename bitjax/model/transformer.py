@@ -10,6 +10,8 @@ every step.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +131,9 @@ def bit_linears(model: Transformer) -> Iterator[tuple[str, BitLinear]]:
 
 def abstract_model(config: ModelConfig, dtype: str = "float32") -> Transformer:
     """The model with shapes in place of arrays: nothing is allocated or computed."""
-    return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype))
+    # An nnx.Rngs counts its draws, and tracing that takes time quadratic in the layers.
+    rngs: Any = SimpleNamespace(params=lambda: jax.random.key(0))
+    return nnx.eval_shape(lambda: Transformer(config, rngs=rngs, dtype=dtype))
 
 
 def parameter_count(config: ModelConfig) -> int:
