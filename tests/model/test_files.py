@@ -1,0 +1,513 @@
+"""Model files: bit-exact round trips, an independent reader, memory mapping, hostile bytes."""
+
+import dataclasses
+import itertools
+import json
+import os
+import random
+import re
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+from tiny import tiny_config, tiny_model
+
+from bitjax.infer import pack_model
+from bitjax.model import bit_linears
+from bitjax.model.files import load_model, save_model, tensor_table
+from bitjax.packing import PackedTernary, packed_shape
+
+TOKENS = jnp.asarray([[72, 101, 108, 108, 111, 0, 255, 10]], jnp.int32)
+forward = nnx.jit(lambda model: model(TOKENS))
+
+
+def one_block(**changes):
+    return tiny_model(num_layers=1, **changes)
+
+
+def parameters(model):
+    """Dotted name -> array, straight from the module's attributes."""
+    found = {"embedding": model.embedding[...], "norm.scale": model.norm.scale[...]}
+    if model.head is not None:
+        found["head"] = model.head[...]
+    for i, block in enumerate(model.blocks):
+        norms = {
+            "attention_norm": block.attention_norm,
+            "ffn_norm": block.ffn_norm,
+            "attention.sub_norm": block.attention.sub_norm,
+            "ffn.sub_norm": block.ffn.sub_norm,
+        }
+        for name, norm in norms.items():
+            if norm is not None:
+                found[f"blocks.{i}.{name}.scale"] = norm.scale[...]
+    for name, layer in bit_linears(model):
+        weight = layer.weight.get_value()
+        if isinstance(weight, PackedTernary):
+            found[f"{name}.weight.codes"] = weight.codes
+            found[f"{name}.weight.scale"] = weight.scale
+        else:
+            found[f"{name}.weight"] = weight
+        if layer.norm is not None:
+            found[f"{name}.norm.scale"] = layer.norm.scale[...]
+    return {name: np.asarray(value) for name, value in found.items()}
+
+
+def read_raw(path):
+    """Header and data of a safetensors file, by hand."""
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :], 8 + length
+
+
+def write_raw(path, header, data):
+    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
+
+
+def metadata(path):
+    return json.loads(read_raw(path)[0]["__metadata__"]["bitjax"])
+
+
+@pytest.fixture(scope="module")
+def packed():
+    return pack_model(one_block())
+
+
+@pytest.fixture
+def packed_file(packed, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_model(path, packed)
+    return path
+
+
+def refuses(path, message):
+    with pytest.raises(ValueError, match=message):
+        load_model(path)
+
+
+# Round trips
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_embeddings": False},
+        {"inner_norm": True},
+        {"sub_norm": False, "activation": "silu"},
+        {"weights": "binary", "activations": "float"},
+        {"inner_norm": True, "sub_norm": False, "tie_embeddings": False},
+    ],
+    ids=lambda changes: ",".join(changes) or "plain",
+)
+@pytest.mark.parametrize("form", ["float", "packed", "packed-bfloat16"])
+def test_round_trip(tmp_path, changes, form):
+    model = one_block(**changes)
+    if form != "float":
+        model = pack_model(model, "bfloat16" if form == "packed-bfloat16" else "float32")
+    path = tmp_path / "model.safetensors"
+    save_model(path, model)
+    loaded = load_model(path)
+
+    assert loaded.config == model.config == tiny_config(num_layers=1, **changes)
+    wanted, got = parameters(model), parameters(loaded)
+    independent = safetensors.numpy.load_file(path)
+    assert wanted.keys() == got.keys() == independent.keys()
+    for name, value in wanted.items():
+        for other in (got[name], independent[name]):
+            assert other.dtype == value.dtype, name
+            assert other.shape == value.shape, name
+            assert other.tobytes() == value.tobytes(), name
+
+
+@pytest.mark.parametrize("weights", ["ternary", "float"])
+def test_logits_are_bit_identical(tmp_path, weights):
+    model = tiny_model(weights=weights, tie_embeddings=False)
+    forms = [model, pack_model(model)] if weights == "ternary" else [model]
+    for index, form in enumerate(forms):
+        path = tmp_path / f"{index}.safetensors"
+        save_model(path, form)
+        logits = np.asarray(forward(form))
+        assert logits.std() > 0.1
+        np.testing.assert_array_equal(logits, forward(load_model(path)))
+
+
+def test_a_loaded_model_saves_to_the_same_bytes(packed_file, tmp_path):
+    again = tmp_path / "again.safetensors"
+    save_model(again, load_model(packed_file))
+    assert again.read_bytes() == packed_file.read_bytes()
+
+
+def test_metadata(packed_file):
+    about = metadata(packed_file)
+    assert about == {
+        "format": 1,
+        "config": dataclasses.asdict(tiny_config(num_layers=1)),
+        "tokenizer": "bytes",
+    }
+
+
+def test_dtype_and_impl_reach_the_model(packed_file):
+    model = load_model(packed_file, dtype="bfloat16", impl="reference")
+    assert model.dtype == jnp.bfloat16
+    assert {layer.impl for _, layer in bit_linears(model)} == {"reference"}
+    assert {layer.impl for _, layer in bit_linears(load_model(packed_file))} == {"auto"}
+
+
+def test_tensor_table_lists_the_file(packed_file):
+    header, _, _ = read_raw(packed_file)
+    del header["__metadata__"]
+    rows = tensor_table(packed_file)
+    assert {name for name, *_ in rows} == header.keys()
+    start = 0
+    for name, dtype, shape, size in rows:
+        assert header[name]["dtype"] == dtype
+        assert header[name]["shape"] == list(shape)
+        assert header[name]["data_offsets"] == [start, start + size]
+        start += size
+
+
+# Alignment and the memory map
+
+
+def test_tensors_of_whole_cache_lines_are_aligned_in_the_file(packed_file):
+    header, data, start = read_raw(packed_file)
+    entries = {name: e["data_offsets"] for name, e in header.items() if name != "__metadata__"}
+    aligned = {n for n, (first, last) in entries.items() if (last - first) % 64 == 0}
+    assert {n for n in entries if n.endswith(".codes")} | {"embedding"} <= aligned
+    assert all((start + entries[name][0]) % 64 == 0 for name in aligned)
+    # No gaps: any safetensors reader takes the file.
+    spans = sorted(entries.values())
+    assert spans[0][0] == 0
+    assert spans[-1][1] == len(data)
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
+
+
+def mapped_ranges(path):
+    """Address ranges of this process that map the file."""
+    with open("/proc/self/maps") as maps:
+        lines = [line.split() for line in maps if line.rstrip().endswith(str(path.resolve()))]
+    return [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux's /proc")
+def test_large_tensors_stay_in_the_mapped_file(packed_file):
+    model = load_model(packed_file)
+    arrays = [("embedding", model.embedding[...])]
+    arrays += [(n, layer.weight.get_value().codes) for n, layer in bit_linears(model)]
+    ranges = mapped_ranges(packed_file)
+    assert ranges
+    header, _, start = read_raw(packed_file)
+    for name, array in arrays:
+        pointer = array.unsafe_buffer_pointer()
+        assert pointer % 64 == 0, name
+        inside = [r for r in ranges if r[0] <= pointer and pointer + array.nbytes <= r[1]]
+        assert inside, f"{name} was copied"
+        entry = header[name if name == "embedding" else f"{name}.weight.codes"]
+        assert pointer - inside[0][0] == start + entry["data_offsets"][0], name
+
+
+def test_a_file_of_another_writer_loads_whatever_its_alignment(packed, packed_file, tmp_path):
+    other = tmp_path / "other.safetensors"
+    tensors = safetensors.numpy.load_file(packed_file)
+    about = {"bitjax": json.dumps(metadata(packed_file))}
+    header, _, _ = read_raw(packed_file)
+    for pad in range(9):
+        safetensors.numpy.save_file(tensors, other, about | {"pad": "x" * pad})
+        header, data, _ = read_raw(other)
+        write_raw(other, json.dumps(header).encode() + b" " * pad, data)
+        got = parameters(load_model(other))
+        for name, value in parameters(packed).items():
+            np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
+# Writing
+
+
+def test_overwriting_replaces_the_file_and_leaves_its_readers_theirs(packed_file, packed):
+    before = load_model(packed_file)
+    codes = np.array(before.embedding[...])
+    save_model(packed_file, one_block(seed=1))
+    assert os.listdir(packed_file.parent) == [packed_file.name]
+    np.testing.assert_array_equal(before.embedding[...], codes)
+    after = np.asarray(load_model(packed_file).embedding[...])
+    np.testing.assert_array_equal(after, one_block(seed=1).embedding[...])
+    assert (after != codes).any()
+
+
+@pytest.mark.parametrize("fails", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file(packed_file, monkeypatch, fails):
+    before = packed_file.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, fails, full)
+    with pytest.raises(ValueError, match=r"^cannot write .*model.safetensors: No space left on"):
+        save_model(packed_file, one_block(seed=1))
+    assert os.listdir(packed_file.parent) == [packed_file.name]
+    assert packed_file.read_bytes() == before
+
+
+def test_an_impossible_place_is_an_error(packed, tmp_path):
+    with pytest.raises(ValueError, match=r"cannot write .*: No such file or directory"):
+        save_model(tmp_path / "nowhere" / "model.safetensors", packed)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=r"cannot write .*folder: Is a directory"):
+        save_model(tmp_path / "folder", packed)
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_not_written(tmp_path, value):
+    model = one_block()
+    layer = model.blocks[0].ffn.up
+    layer.weight.set_value(layer.weight[...].at[3, 4].set(value))
+    with pytest.raises(
+        ValueError, match=r"blocks\.0\.ffn\.up\.weight holds 1 values .* at index \(3, 4\)"
+    ):
+        save_model(tmp_path / "model.safetensors", model)
+    assert os.listdir(tmp_path) == []
+
+
+# Files that are damaged, or made to hurt
+
+
+def test_missing_file_and_directory(tmp_path):
+    refuses(tmp_path / "none.safetensors", "cannot read .*none.safetensors: No such file")
+    refuses(tmp_path, f"cannot read {re.escape(str(tmp_path))}: ")
+
+
+def test_every_truncation_is_refused(packed_file):
+    raw = packed_file.read_bytes()
+    lengths = {0, 1, 7, 8, 9, len(raw) - 1, *random.Random(0).sample(range(len(raw)), 200)}
+    for length in lengths:
+        packed_file.write_bytes(raw[:length])
+        refuses(packed_file, "is not a safetensors file: ")
+    packed_file.write_bytes(raw + b"\0")
+    refuses(packed_file, "is not a safetensors file: ")
+
+
+def loads_or_refuses(path, like):
+    """True if the file loads, to a model of the shapes of `like`; False if it is a ValueError."""
+    try:
+        model = load_model(path)
+    except ValueError:
+        return False
+    config = dataclasses.replace(
+        like.config,
+        # Bits of the metadata may turn one valid setting into another; shapes may not change.
+        **{
+            f: getattr(model.config, f)
+            for f in ("rope_theta", "norm_eps", "init_std", "max_seq_len", "vocab_size",
+                      "weights", "activations", "activation", "num_heads", "head_dim",
+                      "num_kv_heads")
+        },
+    )  # fmt: skip
+    assert model.config == config
+    wanted, got = parameters(like), parameters(model)
+    assert {n: a.shape for n, a in got.items()} == {n: a.shape for n, a in wanted.items()}
+    assert all(np.isfinite(a.astype(np.float32)).all() for a in got.values())
+    for name, layer in bit_linears(model):
+        codes = np.asarray(layer.weight.get_value().codes)
+        assert all(((codes >> shift) & 3 != 3).all() for shift in (0, 2, 4, 6)), name
+    return True
+
+
+def test_every_header_byte_flipped(packed, packed_file):
+    raw = packed_file.read_bytes()
+    _, _, start = read_raw(packed_file)
+    draw = random.Random(1)
+    loaded = 0
+    for at in range(start):
+        damaged = bytearray(raw)
+        damaged[at] ^= 1 << draw.randrange(8)
+        packed_file.write_bytes(damaged)
+        loaded += loads_or_refuses(packed_file, packed)
+    assert loaded < start / 20
+
+
+def test_random_bits_flipped(packed, packed_file):
+    raw = packed_file.read_bytes()
+    draw, outcomes = random.Random(2), []
+    for _ in range(300):
+        damaged = bytearray(raw)
+        for _ in range(draw.choice((1, 2, 8))):
+            damaged[draw.randrange(len(raw))] ^= 1 << draw.randrange(8)
+        packed_file.write_bytes(damaged)
+        outcomes.append(loads_or_refuses(packed_file, packed))
+    assert {True, False} == set(outcomes)
+
+
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 2**40, 100_000_001, 0, 1])
+def test_an_absurd_header_length(packed_file, length):
+    raw = packed_file.read_bytes()
+    packed_file.write_bytes(length.to_bytes(8, "little") + raw[8:])
+    refuses(packed_file, "is not a safetensors file: ")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"not JSON at all, but long enough",
+        b"[]",
+        b'"text"',
+        b"{",
+        b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"a": ' + b'{"a": ' * 100_000 + b"1" + b"}" * 100_001,
+        b'{"a": {"dtype": "U8", "shape": [-1], "data_offsets": [0, 0]}}',
+        b'{"a": {"dtype": "U8", "shape": [4], "data_offsets": [4, 0]}}',
+        b'{"a": {"dtype": "U8", "shape": [99], "data_offsets": [0, 99]}}',
+        b'{"a": {"dtype": "U8", "shape": [4294967296, 4294967296], "data_offsets": [0, 0]}}',
+        b'{"__metadata__": {"bitjax": 5}}',
+        b'{"\xff": 1}',
+    ],
+)
+def test_a_header_that_is_none(tmp_path, header):
+    path = tmp_path / "bad.safetensors"
+    write_raw(path, header, b"")
+    refuses(path, "is not a safetensors file: ")
+
+
+def rewritten(path, *, tensors=None, about=None, config=None):
+    """Write the file anew with other tensors, bitjax metadata or settings."""
+    tensors = safetensors.numpy.load_file(path) if tensors is None else tensors
+    about = metadata(path) if about is None else about
+    if config:
+        about["config"] |= config
+    text = about if isinstance(about, str) else json.dumps(about)
+    safetensors.numpy.save_file(tensors, path, {"bitjax": text})
+
+
+def test_no_metadata(packed_file):
+    tensors = safetensors.numpy.load_file(packed_file)
+    for about in (None, {"format": "pt"}):
+        safetensors.numpy.save_file(tensors, packed_file, about)
+        refuses(packed_file, "has no bitjax metadata; it is not a bitjax model file$")
+
+
+@pytest.mark.parametrize(
+    "about",
+    ["", "not JSON", "[]", "5", "null", "{}", '{"format": 1}', '{"format": 1, "config": {}}',
+     "[" * 100_000, '{"format": 1, "tokenizer": "bytes", "config": ' + "[" * 100_000,
+     '{"format": ' + "9" * 5000 + "}"],
+    ids=lambda about: about[:20],
+)  # fmt: skip
+def test_metadata_that_cannot_be_read(packed_file, about):
+    rewritten(packed_file, about=about)
+    refuses(packed_file, "its bitjax metadata cannot be read$")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "model file format 2; this version reads 1"),
+        ({"format": "1"}, "model file format '1'; this version reads 1"),
+        ({"tokenizer": "bpe"}, "unknown tokenizer 'bpe'; this version has 'bytes'"),
+        ({"tokenizer": None}, "unknown tokenizer None; this version has 'bytes'"),
+        ({"config": []}, r"model is not an object of settings: \[\]"),
+        ({"config": {"depth": 3}}, "unknown setting model.depth; model has vocab_size"),
+        ({"config": {"num_layers": "1"}}, "model.num_layers='1' is not of type int"),
+        ({"config": {"num_layers": 0}}, "model.num_layers=0 must be above 0"),
+    ],
+)
+def test_metadata_of_another_kind(packed_file, change, message):
+    rewritten(packed_file, about=metadata(packed_file) | change)
+    refuses(packed_file, f"model.safetensors: {message}")
+
+
+@pytest.mark.parametrize("size", [33, 10**12, 10**30, 10**400], ids=["33", "1e12", "1e30", "1e400"])
+@pytest.mark.parametrize(
+    ("setting", "factor", "tensor"),
+    [
+        ("hidden_size", 1, r"blocks\.0\.attention\.k\.weight: codes are uint8\[1, 2, 64\]"),
+        ("intermediate_size", 1, r"blocks\.0\.ffn\.down\.weight: codes are uint8\[2, 2, 64\]"),
+        ("num_heads", 2, r"blocks\.0\.attention\.o\.weight: codes are uint8\[2, 2, 64\]"),
+        ("head_dim", 2, r"blocks\.0\.attention\.k\.weight: codes are uint8\[1, 2, 64\]"),
+        ("vocab_size", 1, r"embedding is float32\[256, 32\]; the configuration needs a float \["),
+        ("num_layers", 1, "holds 1 layers; its configuration has num_layers="),
+    ],
+)
+def test_absurd_sizes_are_refused_before_anything_is_built(
+    packed_file, setting, factor, tensor, size
+):
+    rewritten(packed_file, config={setting: size * factor})
+    refuses(packed_file, tensor)
+
+
+def change(tensors, name, value=None):
+    """`tensors` with one replaced, or with it removed."""
+    rest = {key: tensor for key, tensor in tensors.items() if key != name}
+    return rest if value is None else rest | {name: value}
+
+
+UP = "blocks.0.ffn.up.weight"
+LINE = np.zeros(16, np.float32)
+UP_CODES = packed_shape(24, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("norm.scale", None, r"norm\.scale is missing$"),
+        ("embedding", None, "embedding is missing$"),
+        (f"{UP}.scale", None, r"blocks\.0\.ffn\.up\.weight\.scale is missing$"),
+        (f"{UP}.codes", None, r"blocks\.0\.ffn\.up\.weight is missing$"),
+        ("head", LINE, "holds tensors that its configuration has no place for: head$"),
+        (UP, LINE, r"has no place for: blocks\.0\.ffn\.up\.weight$"),
+        ("blocks.1.x", LINE, "holds 2 layers; its configuration has num_layers=1$"),
+        ("norm.scale", np.zeros(31, np.float32),
+         r"norm\.scale is float32\[31\]; the configuration needs a float \[32\]"),
+        ("norm.scale", np.zeros((1, 32), np.float32), r"norm\.scale is float32\[1, 32\]; "),
+        ("norm.scale", np.zeros(32, np.uint8), r"norm\.scale is uint8\[32\]; "),
+        ("norm.scale", np.zeros(32, np.float16), r"norm\.scale is F16; known are F32, BF16, U8$"),
+        ("norm.scale", np.zeros(32, np.int64), r"norm\.scale is I64; known are F32, BF16, U8$"),
+        ("norm.scale", np.full(32, np.nan, np.float32),
+         r"norm\.scale holds 32 values that are not finite, the first at index \(0,\)"),
+        ("embedding", np.full((256, 32), -np.inf, ml_dtypes.bfloat16),
+         r"embedding holds 8192 values that are not finite, the first at index \(0, 0\)"),
+        (f"{UP}.codes", np.zeros((2, 2, 32), np.uint8),
+         r"up\.weight: codes are uint8\[2, 2, 32\]; a 24 x 32 matrix needs uint8\[2, 2, 64\]"),
+        (f"{UP}.codes", np.zeros(256, np.uint8), r"up\.weight: codes are uint8\[256\]; "),
+        (f"{UP}.codes", np.zeros(UP_CODES, np.float32),
+         r"up\.weight: codes are float32\[2, 2, 64\]; "),
+        (f"{UP}.codes", np.full(UP_CODES, 0x0C, np.uint8), r"up\.weight: holds the code 3, "),
+        (f"{UP}.scale", np.array([1], np.float32),
+         r"up\.weight: the scale must be one float32; got float32\[1\]"),
+        (f"{UP}.scale", np.array(1, ml_dtypes.bfloat16),
+         r"up\.weight: the scale must be one float32; got bfloat16\[\]"),
+        (f"{UP}.scale", np.array(np.nan, np.float32), r"up\.weight: the scale nan is not finite"),
+        (f"{UP}.scale", np.array(np.inf, np.float32), r"up\.weight: the scale inf is not finite"),
+        ("norm.scale.codes", np.zeros(UP_CODES, np.uint8),
+         r"norm\.scale cannot be packed; only linear layers can"),
+    ],
+)  # fmt: skip
+def test_tensors_that_are_not_the_configurations(packed_file, name, value, message):
+    rewritten(packed_file, tensors=change(safetensors.numpy.load_file(packed_file), name, value))
+    refuses(packed_file, message)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_single_code_3_is_found_wherever_it_is(packed_file, place):
+    tensors = safetensors.numpy.load_file(packed_file)
+    codes = tensors[f"{UP}.codes"].copy()
+    codes[-1, -1, -1] |= 3 << (2 * place)
+    rewritten(packed_file, tensors=change(tensors, f"{UP}.codes", codes))
+    refuses(packed_file, r"blocks\.0\.ffn\.up\.weight: holds the code 3")
+
+
+def test_a_renamed_tensor(packed_file):
+    tensors = safetensors.numpy.load_file(packed_file)
+    tensors["norm.scales"] = tensors.pop("norm.scale")
+    rewritten(packed_file, tensors=tensors)
+    refuses(packed_file, r"norm\.scale is missing$")
+
+
+def test_a_setting_that_wants_other_tensors(packed_file):
+    rewritten(packed_file, config={"tie_embeddings": False})
+    refuses(packed_file, "head is missing$")
+    rewritten(packed_file, config={"tie_embeddings": True, "sub_norm": False})
+    refuses(packed_file, r"has no place for: blocks\.0\.attention\.sub_norm\.scale, ")
