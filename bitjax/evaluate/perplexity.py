@@ -53,8 +53,11 @@ class TextScore:
 
     @property
     def perplexity(self) -> float:
-        """Per token."""
-        return math.exp(self.nats_per_token)
+        """Per token; infinite beyond what float64 holds."""
+        try:
+            return math.exp(self.nats_per_token)
+        except OverflowError:
+            return math.inf
 
 
 def score_text(
@@ -70,13 +73,15 @@ def score_text(
         batch: windows scored together.
 
     Raises:
-        ValueError: too few tokens, or a stride out of range.
+        ValueError: too few tokens, or a stride or batch out of range.
     """
     stride = max(1, seq_len // 2) if stride is None else stride
     if len(tokens) < 2:
         raise ValueError(f"a text of {len(tokens)} tokens cannot be scored; it needs 2 or more")
     if not 1 <= stride <= seq_len:
         raise ValueError(f"stride={stride} is not in 1..{seq_len}, the window length")
+    if batch < 1:
+        raise ValueError(f"batch={batch} must be above 0")
     predictions = len(tokens) - 1
     starts = list(range(0, max(1, predictions - seq_len + stride), stride))
     padded = np.zeros(starts[-1] + seq_len + 1, np.int32)

@@ -74,11 +74,19 @@ class Generator:
     Args:
         model: any Transformer; its parameters are passed to the compiled functions as arguments,
             so packed weights are used in place.
+
+    Raises:
+        ValueError: a vocabulary without all of the tokenizer's tokens.
     """
 
     def __init__(self, model: Transformer) -> None:
         self.tokenizer = ByteTokenizer()
         self.config = model.config
+        if self.config.vocab_size < self.tokenizer.vocab_size:
+            raise ValueError(
+                f"the model has {self.config.vocab_size} tokens; the tokenizer has "
+                f"{self.tokenizer.vocab_size}"
+            )
         graph, params = nnx.split(model)
         self._params = params
         self._prefill = jax.jit(functools.partial(_prefill, graph), donate_argnums=3)

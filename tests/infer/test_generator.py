@@ -1,0 +1,312 @@
+"""Generation against the model run without a cache, and text rules on scripted tokens."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_config, tiny_model
+
+from bitjax.infer import Generator, SamplingParams, pack_model
+from bitjax.infer.generator import _TextWriter
+from bitjax.model import bit_linears
+from bitjax.tokenizer import ByteTokenizer
+
+GREEDY = SamplingParams(temperature=0, max_new_tokens=14)
+LIMIT = 32
+# One byte, either side of the smallest prefill bucket of 16, several bytes a character, and a
+# prompt that reaches the context limit before 14 tokens are drawn.
+PROMPTS = ["a", "the 15 bytes of", "16 bytes, no mor", "17 bytes, no less", "äöü", "x" * 24]
+
+
+@functools.cache
+def tiny(form):
+    """A model with varied text: only printable ASCII has a head, so text tells the tokens."""
+    model = tiny_model(seed=1, tie_embeddings=False, max_seq_len=LIMIT)
+    printable = (jnp.arange(256) >= 32) & (jnp.arange(256) < 127)
+    model.head.set_value(model.head[...] * printable[:, None])
+    return model if form == "float" else pack_model(model)
+
+
+@functools.cache
+def generator(form):
+    return Generator(tiny(form))
+
+
+@functools.cache
+def full_logits(form):
+    """The model on whole sequences of the context's length: causal, so what follows is unread."""
+    graph, params = nnx.split(tiny(form))
+    run = jax.jit(lambda params, tokens: nnx.merge(graph, params)(tokens))
+    return lambda tokens: np.asarray(
+        run(params, jnp.asarray([tokens + [0] * (LIMIT - len(tokens))], jnp.int32))
+    )[0, len(tokens) - 1]
+
+
+def oracle_greedy(form, prompt, count):
+    """(bytes, smallest gap between the best and the second token)"""
+    tokens, gaps = list(prompt.encode()), []
+    start = len(tokens)
+    while len(tokens) < min(start + count, LIMIT):
+        logits = full_logits(form)(tokens)
+        tokens.append(int(logits.argmax()))
+        second, first = np.sort(logits)[-2:]
+        gaps.append(first - second)
+    return bytes(tokens[start:]), min(gaps)
+
+
+def what(completion):
+    """All of a completion but its timings."""
+    return completion.prompt, completion.text, completion.tokens, completion.finish_reason
+
+
+@pytest.mark.parametrize("form", ["float", "packed"])
+def test_greedy_text_is_the_models_without_a_cache(form):
+    completions = generator(form).generate(PROMPTS, GREEDY)
+    varied = set()
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        wanted, gap = oracle_greedy(form, prompt, 14)
+        assert gap > 1e-4  # no coin toss: rounding differs by about 1e-6
+        varied.add(wanted)
+        assert what(completion) == (
+            prompt, wanted.decode("ascii"), len(wanted), "length"
+        )  # fmt: skip
+        assert len(wanted) == min(14, LIMIT - len(prompt.encode()))
+    assert len(varied) == len(PROMPTS)
+    assert max(len(set(text)) for text in varied) >= 8
+
+
+def test_a_batch_gives_what_each_prompt_gives_alone():
+    gen = generator("packed")
+    params = [
+        SamplingParams(max_new_tokens=31, temperature=1.0, seed=7),
+        GREEDY,
+        SamplingParams(max_new_tokens=5, temperature=1.0, top_k=9, seed=7),
+        SamplingParams(max_new_tokens=14, temperature=0.7, top_p=0.9, seed=8),
+        SamplingParams(max_new_tokens=1, temperature=1.0, min_p=0.05, seed=3),
+        SamplingParams(max_new_tokens=24, repetition_penalty=1.4, seed=2**32 - 1),
+    ]
+    together = gen.generate(PROMPTS, params)
+    alone = [gen.generate([prompt], p)[0] for prompt, p in zip(PROMPTS, params, strict=True)]
+    assert [what(c) for c in together] == [what(c) for c in alone]
+    assert [c.tokens for c in together] == [31, 14, 5, 14, 1, LIMIT - 24]
+    again = gen.generate(PROMPTS[::-1], params[::-1])[::-1]
+    assert [what(c) for c in again] == [what(c) for c in alone]
+
+
+def test_a_seed_repeats_its_text_and_another_does_not():
+    texts = [
+        generator("packed").generate(["a"], SamplingParams(max_new_tokens=24, seed=seed))[0].text
+        for seed in (3, 3, 4)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_one_compiled_step_serves_every_token_and_every_setting():
+    gen = Generator(tiny("packed"))
+    for params in (
+        GREEDY,
+        SamplingParams(max_new_tokens=9, temperature=1.3, seed=5),
+        SamplingParams(max_new_tokens=3, top_k=4, top_p=0.5, min_p=0.1, repetition_penalty=2.0),
+        SamplingParams(max_new_tokens=3, stop=("x",)),
+    ):
+        gen.generate(["hello"], params)
+        list(gen.stream("a prompt of the same bucket"[:16], params))
+    gen.compile("hello")
+    assert gen._decode._cache_size() == 1
+    assert gen._prefill._cache_size() == 1
+    gen.generate(["hello", "world"], GREEDY)  # another batch size, another program
+    assert gen._decode._cache_size() == 2
+
+
+def test_implementations_give_the_same_text():
+    auto = what(generator("packed").generate(["hello"], GREEDY)[0])
+    for impl in ("ffi", "reference"):
+        model = nnx.clone(tiny("packed"))
+        for _, layer in bit_linears(model):
+            layer.impl = impl
+        assert what(Generator(model).generate(["hello"], GREEDY)[0]) == auto
+
+
+def test_bfloat16_follows_float32():
+    model = nnx.clone(tiny("packed"))
+    model.dtype = jnp.dtype("bfloat16")
+    gen = Generator(model)
+    assert gen._empty_cache(1, 4)[0].keys.dtype == jnp.bfloat16
+    drawn = []
+    for tokens in gen._tokens(["hello"], [GREEDY]):
+        drawn.append(int(tokens[0]))
+        if len(drawn) == 12:
+            break
+    # bfloat16 keeps 8 bits and int8 activations 7: a token drawn is, in float32, among the best
+    # by a few hundredths of the logits' spread.
+    sequence = list(b"hello")
+    for token in drawn:
+        logits = full_logits("packed")(sequence)
+        assert logits.max() - logits[token] < 0.3 * logits.std()
+        sequence.append(token)
+
+
+class Script(nnx.Module):
+    """Stands in for a model: at position p it predicts byte p of a script, whatever it reads."""
+
+    def __init__(self, text, max_seq_len=96):
+        raw = text.encode() if isinstance(text, str) else text
+        self.config = tiny_config(max_seq_len=max_seq_len)
+        self.script = nnx.Param(jnp.asarray(list(raw.ljust(max_seq_len, b".")), jnp.int32))
+
+    def empty_cache(self, batch, length):
+        return ()
+
+    def extend(self, tokens_BxT, positions_BxT, cache):
+        return jax.nn.one_hot(self.script[...][positions_BxT], 256), cache
+
+    def logits(self, hidden):
+        return hidden
+
+
+def scripted(text, max_seq_len=96):
+    """A generator that continues any prompt of one byte with `text`, then dots."""
+    return Generator(Script(text, max_seq_len))
+
+
+def greedy(**params):
+    return SamplingParams(temperature=0, **params)
+
+
+STORY = "The cat sat on the mat. END of it"
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        ((), STORY),
+        (("END",), "The cat sat on the mat. "),
+        (("T",), ""),
+        (("sat in", "mat"), "The cat sat on the "),
+        (("on the mat", "the"), "The cat sat on "),
+        (("cat sat", "at s"), "The c"),  # "at s" is complete before "cat sat"
+        (("at", "The cat sat"), "The c"),
+        (("nowhere",), STORY),
+    ],
+)
+def test_stop_strings(stop, text):
+    params = greedy(max_new_tokens=len(STORY), stop=stop)
+    stream = scripted(STORY).stream("?", params)
+    assert "".join(stream) == text
+    reason = "length" if text == STORY else "stop"
+    stopped = min((STORY.find(s) + len(s) for s in stop if s in STORY), default=len(STORY))
+    assert what(stream.completion) == ("?", text, stopped, reason)
+
+
+def test_a_possible_stop_is_held_back_until_it_is_none():
+    pieces = list(scripted("a sat in b sat on c").stream("?", greedy(stop=("sat on",))))
+    assert pieces == ["a", " ", "sat i", "n", " ", "b", " "]
+
+
+def test_streamed_characters_are_whole():
+    text = "aé€😀" * 3
+    pieces = list(scripted(text).stream("?", greedy(max_new_tokens=len(text.encode()))))
+    assert pieces == list(text)
+
+
+def test_a_character_cut_by_the_limit_becomes_a_replacement():
+    stream = scripted("ab😀").stream("?", greedy(max_new_tokens=4))
+    assert list(stream) == ["a", "b", "\ufffd"]
+    assert what(stream.completion) == ("?", "ab\ufffd", 4, "length")
+
+
+@settings(deadline=None)
+@given(
+    st.text("abé😀", max_size=12).map(str.encode),
+    st.integers(0, 30),
+    st.lists(st.text("abé😀\ufffd", min_size=1, max_size=4), max_size=3).map(tuple),
+)
+def test_text_rules(raw, cut, stop):
+    """Every rule at once, by looking at each prefix of the bytes as a whole."""
+    raw = raw[:cut] or b"a"
+    writer = _TextWriter(ByteTokenizer(), SamplingParams(stop=stop), len(raw))
+    released = ""
+    for count in range(1, len(raw) + 1):
+        last = count == len(raw)
+        whole = raw[:count].decode("utf-8", "replace" if last else "ignore")
+        found = [whole.find(s) for s in stop if s in whole]
+        released += writer.feed(raw[count - 1])
+        assert writer.text == released
+        assert writer.tokens == count
+        if found:
+            assert (released, writer.finish_reason) == (whole[: min(found)], "stop")
+            break
+        assert writer.finish_reason == ("length" if last else "")
+        # All is released but the longest end that some stop string begins with.
+        free = next(
+            n for n in range(len(whole) + 1) if last or n == len(whole)
+            or any(s.startswith(whole[n:]) for s in stop)
+        )  # fmt: skip
+        assert released == (whole if last else whole[:free])
+    assert writer.feed(65) == ""
+    assert writer.text == released
+
+
+def test_stream_and_generate_agree():
+    for params in (GREEDY, SamplingParams(max_new_tokens=30, temperature=1.2, seed=11)):
+        stream = generator("packed").stream("hello", params)
+        pieces = list(stream)
+        (completion,) = generator("packed").generate(["hello"], params)
+        assert "".join(pieces) == completion.text
+        assert what(stream.completion) == what(completion)
+
+
+def test_a_stream_may_be_left_early():
+    stream = scripted(STORY).stream("?", greedy())
+    assert [piece for piece, _ in zip(stream, range(3), strict=False)] == ["T", "h", "e"]
+    assert stream.completion.text.startswith("The")
+
+
+def test_max_new_tokens_and_the_context_limit():
+    gen = scripted(STORY, max_seq_len=20)
+    for length, wanted, got in ((1, 7, 7), (1, 100, 19), (12, 100, 8), (19, 100, 1)):
+        (completion,) = gen.generate(["x" * length], greedy(max_new_tokens=wanted))
+        assert what(completion)[1:] == (
+            STORY.ljust(20, ".")[length - 1 : length - 1 + got], got, "length"
+        )  # fmt: skip
+
+
+def test_rates():
+    completion = scripted(STORY).generate(["?"], greedy(max_new_tokens=11))[0]
+    assert completion.prefill_seconds > 0
+    assert completion.tokens_per_second == pytest.approx(10 / completion.decode_seconds)
+    assert scripted(STORY).generate(["?"], greedy(max_new_tokens=1))[0].tokens_per_second == 0
+
+
+def test_no_prompts_no_completions():
+    assert generator("packed").generate([]) == []
+
+
+@pytest.mark.parametrize("ask", [lambda g, p: g.stream(p), lambda g, p: g.generate(["ok", p])])
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "the prompt is empty; give at least one character"),
+        ("x" * LIMIT, f"the prompt has {LIMIT} tokens; the model's context of {LIMIT} leaves no"),
+        ("€" * 17, f"the prompt has 51 tokens; the model's context of {LIMIT} leaves no"),
+        ("\ud800", "the text is not valid Unicode: surrogates not allowed"),
+    ],
+)
+def test_prompts_that_cannot_be_continued(ask, prompt, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        ask(generator("packed"), prompt)
+
+
+def test_numbers_of_prompts_and_params_must_agree():
+    with pytest.raises(ValueError, match=r"^2 prompts, but 1 sampling parameters$"):
+        generator("packed").generate(["a", "b"], [GREEDY])
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused():
+    with pytest.raises(ValueError, match="the model has 255 tokens; the tokenizer has 256"):
+        Generator(tiny_model(vocab_size=255, num_layers=1))
