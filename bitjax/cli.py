@@ -184,7 +184,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _demo(arguments: argparse.Namespace) -> None:
     from bitjax.demo import run_demo
+    from bitjax.train import reuse_freed_memory
 
+    reuse_freed_memory()
     run_demo(arguments.out, arguments.text, arguments.prompt, arguments.seed)
 
 
@@ -192,8 +194,9 @@ def _train(arguments: argparse.Namespace) -> None:
     from bitjax import terminal
     from bitjax.config import override
     from bitjax.recipe import read_recipe
-    from bitjax.train import train
+    from bitjax.train import reuse_freed_memory, train
 
+    reuse_freed_memory()
     config = override(read_recipe(arguments.config), arguments.settings)
     with terminal.training_progress(arguments.config.stem) as on_report:
         train(config, arguments.out, on_report)

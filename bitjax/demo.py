@@ -145,7 +145,9 @@ def _difference(a: jax.Array, b: jax.Array) -> tuple[str, str]:
 
 
 def _sample(packed: Transformer, directory: Path, prompt: str, seed: int) -> None:
-    params = SamplingParams(max_new_tokens=packed.config.max_seq_len, temperature=0.8, seed=seed)
+    params = SamplingParams(
+        max_new_tokens=packed.config.max_seq_len, temperature=0.8, min_p=0.1, seed=seed
+    )
     console.print(f"\n[bold]{directory / 'ternary-packed.safetensors'}[/bold] continues:\n")
     stream_text(Generator(packed), prompt, params)
 

@@ -85,6 +85,6 @@ def shakespeare(weights: WeightQuantizer, text: str = "", seed: int = 0) -> RunC
         model = quantized
         optimizer = OptimizerConfig(learning_rate=4e-3, stage_two_learning_rate=2.7e-3)
     schedule = TrainConfig(
-        steps=1500, batch_size=4, seq_len=256, seed=seed, eval_every=250, checkpoint_every=250
+        steps=2000, batch_size=4, seq_len=256, seed=seed, eval_every=250, checkpoint_every=250
     )
     return RunConfig(model, DataConfig(text=text), optimizer, schedule)

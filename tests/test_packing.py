@@ -7,7 +7,8 @@ from bitjax.packing import FORMAT_VERSION, PackedTernary, pack, packed_shape, un
 
 
 def test_golden_bytes():
-    # The same bytes stand in tests/ffi/kernel_test.cc. Row r, column c holds ((r + c) mod 3) - 1, so code (r + c) mod 3.
+    # The same bytes stand in tests/ffi/kernel_test.cc. Row r, column c holds ((r + c) mod 3) - 1,
+    # so code (r + c) mod 3.
     w = np.fromfunction(lambda r, c: (r + c) % 3 - 1, (16, 16)).astype(np.int8)
     packed = pack(w, 0.5)
     # Byte 0 is row 0, j = 0: columns 0, 4, 8, 12 with codes 0, 1, 2, 0 -> 0 + 1*4 + 2*16 + 0*64.

@@ -23,7 +23,7 @@ from bitjax import terminal
 from bitjax.config import WeightQuantizer
 from bitjax.evaluate import model_scorer, score_text
 from bitjax.presets import shakespeare
-from bitjax.train import Trainer, data, read_metrics, train
+from bitjax.train import Trainer, data, read_metrics, reuse_freed_memory, train
 
 HERE = Path(__file__).parent
 ARMS: dict[str, WeightQuantizer] = {"ternary": "ternary", "full precision": "float"}
@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--text", default="", help="another training text")
     arguments = parser.parse_args()
+    reuse_freed_memory()
     results: list[dict[str, Any]] = []
     for seed in arguments.seeds:
         for weights in ARMS.values():
