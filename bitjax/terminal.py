@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from bitjax.train import Report
@@ -26,8 +26,8 @@ def training_progress(label: str) -> Iterator[Callable[[Report], None]]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[numbers]}  ETA"),
-        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[numbers]}"),
+        TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(label, total=None, numbers="compiling")
@@ -48,19 +48,16 @@ def _line_reporter(label: str) -> Callable[[Report], None]:
         twentieth = 20 * report.step // report.steps
         if twentieth > printed or report.valid_loss is not None:
             printed = twentieth
-            console.print(
-                f"{label}  step {report.step}/{report.steps}  {_numbers(report)}  "
-                f"ETA {clock(report.seconds_left)}"
-            )
+            console.print(f"{label}  {_numbers(report)}", soft_wrap=True)
 
     return update
 
 
 def _numbers(report: Report) -> str:
-    text = f"loss {report.loss:.3f}"
+    text = f"step {report.step}/{report.steps}  loss {report.loss:.3f}"
     if report.valid_loss is not None:
         text += f"  valid {report.valid_loss:.3f}"
-    return f"{text}  {report.tokens_per_second:,.0f} tok/s"
+    return f"{text}  {report.tokens_per_second:,.0f} tok/s  ETA {clock(report.seconds_left)}"
 
 
 def clock(seconds: float) -> str:

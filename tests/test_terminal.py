@@ -1,0 +1,57 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from bitjax import terminal
+from bitjax.train import Report
+
+
+def report(step, valid=None):
+    return Report(
+        step=step, steps=40, loss=2.5, learning_rate=1e-3, gradient_norm=1.0,
+        tokens_per_second=12345.6, seconds_left=75.0, valid_loss=valid,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def screen(monkeypatch):
+    def make(is_terminal):
+        console = Console(file=io.StringIO(), force_terminal=is_terminal, width=120)
+        monkeypatch.setattr(terminal, "console", console)
+        return console.file
+
+    return make
+
+
+def test_live_bar_shows_step_loss_rate_and_eta(screen):
+    out = screen(True)
+    with terminal.training_progress("ternary") as update:
+        update(report(10))
+        update(report(40, valid=2.25))
+    text = out.getvalue()
+    assert "step 40/40  loss 2.500  valid 2.250  12,346 tok/s  ETA 1:15" in text
+
+
+def test_plain_lines_when_not_a_terminal(screen):
+    out = screen(False)
+    with terminal.training_progress("ternary") as update:
+        for step in range(1, 41):
+            update(report(step))
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 21  # the first report, then one for every twentieth
+    assert lines[-1] == "ternary  step 40/40  loss 2.500  12,346 tok/s  ETA 1:15"
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (364_965, "365.0 kB"), (2.5e9, "2.5 GB")],
+)
+def test_size(count, shown):
+    assert terminal.size(count) == shown
+
+
+def test_plot_is_a_png_even_of_a_short_run(tmp_path):
+    records = [{"step": 1, "loss": 3.0, "valid_loss": 3.1}]
+    terminal.plot_losses(tmp_path / "loss.png", {"a": records, "b": records})
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
