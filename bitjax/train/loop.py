@@ -128,19 +128,14 @@ def _run(
         state, metrics = trainer.step(state, tokens)
         pending.append(metrics)
         done, last = step + 1, step + 1 == config.steps
-        if stop.is_set():
-            checkpoints.save(state)
-            raise Interrupted(f"stopped after step {done}; the state is saved")
         evaluate = last or (config.eval_every and done % config.eval_every == 0)
-        if done % config.log_every == 0 or evaluate:
-            losses = [float(m["loss"]) for m in pending]
-            if not all(map(math.isfinite, losses)):
-                raise Diverged(
-                    f"the loss became {losses[-1]} at about step {done}; lower "
-                    "optimizer.learning_rate, or resume from the last checkpoint"
-                )
-            now = time.perf_counter()
-            rate = len(pending) * config.batch_size * config.seq_len / (now - clock)
+        stopping = stop.is_set()  # read once: a signal after this waits for the next step
+        save = last or stopping or done % config.checkpoint_every == 0
+        # Reporting whenever saving keeps a diverged state out of the checkpoints, and gives a
+        # resumed run the same reports as an unbroken one.
+        if evaluate or save or done % config.log_every == 0:
+            losses = _finite_losses(pending, done)
+            seconds = time.perf_counter() - clock
             report(
                 Report(
                     step=done,
@@ -148,15 +143,27 @@ def _run(
                     loss=sum(losses) / len(losses),
                     learning_rate=float(metrics["learning_rate"]),
                     gradient_norm=float(metrics["gradient_norm"]),
-                    tokens_per_second=rate,
-                    seconds_left=(config.steps - done) * (now - clock) / len(pending),
+                    tokens_per_second=len(losses) * config.batch_size * config.seq_len / seconds,
+                    seconds_left=(config.steps - done) * seconds / len(losses),
                     valid_loss=validation_loss(trainer, state, valid) if evaluate else None,
                 )
             )
             pending, clock = [], time.perf_counter()
-        if last or done % config.checkpoint_every == 0:
+        if save:
             checkpoints.save(state)
+        if stopping and not last:
+            raise Interrupted(f"stopped after step {done}; the state is saved")
     return state
+
+
+def _finite_losses(pending: list[Metrics], step: int) -> list[float]:
+    losses = [float(metrics["loss"]) for metrics in pending]
+    if not all(map(math.isfinite, losses)):
+        raise Diverged(
+            f"the loss became {losses[-1]} at about step {step}; lower "
+            "optimizer.learning_rate, or resume from the last checkpoint"
+        )
+    return losses
 
 
 def validation_loss(trainer: Trainer, state: TrainState, windows: np.ndarray) -> float:

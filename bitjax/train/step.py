@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 from bitjax.config import RunConfig
-from bitjax.model import Transformer
+from bitjax.model import Transformer, abstract_model
 from bitjax.train.optimizer import learning_rate, make_optimizer
 
 Params = nnx.State
@@ -45,8 +45,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        model = self._model()
-        self.graph = nnx.graphdef(model)
+        self.graph = nnx.graphdef(abstract_model(config.model, config.train.compute_dtype))
         self.optimizer = make_optimizer(config.optimizer, config.train.steps)
         self.learning_rate = learning_rate(config.optimizer, config.train.steps)
         self.step: Callable[[TrainState, jax.typing.ArrayLike], tuple[TrainState, Metrics]] = (
@@ -54,15 +53,10 @@ class Trainer:
         )
         self.loss: Callable[[Params, jax.typing.ArrayLike], jax.Array] = jax.jit(self._loss)
 
-    def _model(self) -> Transformer:
-        train = self.config.train
-        return Transformer(
-            self.config.model, rngs=nnx.Rngs(params=train.seed), dtype=train.compute_dtype
-        )
-
     def init(self) -> TrainState:
         """The state before the first step, a function of the seed alone."""
-        params = nnx.state(self._model(), nnx.Param)
+        rngs = nnx.Rngs(params=self.config.train.seed)
+        params = nnx.state(Transformer(self.config.model, rngs=rngs), nnx.Param)
         return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
 
     def model(self, params: Params) -> Transformer:
