@@ -15,19 +15,12 @@ from bitjax.config import (
 )
 
 
-def _b158(hidden: int, intermediate: int, heads: int, layers: int) -> ModelConfig:
-    """BitNet b1.58 (arXiv 2402.17764; training tips, table 1; checkpoints of 1bitLLM)."""
+def _b158(
+    hidden: int, intermediate: int, heads: int, layers: int, vocab: int = 32_002
+) -> ModelConfig:
+    """BitNet b1.58 (arXiv 2402.17764; training tips, table 1; vocabulary of 1bitLLM's files)."""
     return ModelConfig(
-        vocab_size=32_002, hidden_size=hidden, intermediate_size=intermediate,
-        num_layers=layers, num_heads=heads, num_kv_heads=heads, head_dim=hidden // heads,
-        max_seq_len=2048, activation="silu", sub_norm=True, tie_embeddings=True,
-    )  # fmt: skip
-
-
-def _bitnet_cpp(hidden: int, intermediate: int, heads: int, layers: int) -> ModelConfig:
-    """Benchmark sizes of bitnet.cpp (microsoft/BitNet, utils/generate-dummy-bitnet-model.py)."""
-    return ModelConfig(
-        vocab_size=32_000, hidden_size=hidden, intermediate_size=intermediate,
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate,
         num_layers=layers, num_heads=heads, num_kv_heads=heads, head_dim=hidden // heads,
         max_seq_len=2048, activation="silu", sub_norm=True, tie_embeddings=True,
     )  # fmt: skip
@@ -55,11 +48,12 @@ MODELS: dict[str, ModelConfig] = {
         num_heads=12, num_kv_heads=4, head_dim=256, max_seq_len=32_768, activation="silu",
         sub_norm=False, tie_embeddings=False, rope_theta=1_000_042.0, norm_eps=1e-6,
     ),
-    "7b": _bitnet_cpp(4096, 12_032, 32, 32),
-    "13b": _bitnet_cpp(5120, 13_824, 40, 40),
-    "30b": _bitnet_cpp(6656, 16_384, 52, 60),
-    "70b": _bitnet_cpp(8192, 24_576, 64, 80),
-    "100b": _bitnet_cpp(8192, 45_568, 64, 72),
+    # Sizes bitnet.cpp is benchmarked at: microsoft/BitNet, utils/generate-dummy-bitnet-model.py
+    "7b": _b158(4096, 12_032, 32, 32, 32_000),
+    "13b": _b158(5120, 13_824, 40, 40, 32_000),
+    "30b": _b158(6656, 16_384, 52, 60, 32_000),
+    "70b": _b158(8192, 24_576, 64, 80, 32_000),
+    "100b": _b158(8192, 45_568, 64, 72, 32_000),
 }  # fmt: skip
 
 
