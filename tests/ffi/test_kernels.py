@@ -9,6 +9,7 @@ import functools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ def run_python(code, **environment):
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **environment},
-        cwd=os.path.dirname(__file__),
+        cwd=Path(__file__).parents[1],  # for its oracle
         capture_output=True,
         text=True,
         timeout=300,

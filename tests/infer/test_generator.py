@@ -29,7 +29,14 @@ def tiny(form):
     model = tiny_model(seed=1, tie_embeddings=False, max_seq_len=LIMIT)
     printable = (jnp.arange(256) >= 32) & (jnp.arange(256) < 127)
     model.head.set_value(model.head[...] * printable[:, None])
-    return model if form == "float" else pack_model(model)
+    return model if form == "float" else with_impl(pack_model(model), "ffi")
+
+
+def with_impl(model, impl):
+    model = nnx.clone(model)
+    for _, layer in bit_linears(model):
+        layer.impl = impl
+    return model
 
 
 @functools.cache
@@ -119,21 +126,19 @@ def test_one_compiled_step_serves_every_token_and_every_setting():
     gen.compile("hello")
     assert gen._decode._cache_size() == 1
     assert gen._prefill._cache_size() == 1
-    gen.generate(["hello", "world"], GREEDY)  # another batch size, another program
+    gen.generate(PROMPTS, GREEDY)  # another batch size, another program
     assert gen._decode._cache_size() == 2
 
 
 def test_implementations_give_the_same_text():
-    auto = what(generator("packed").generate(["hello"], GREEDY)[0])
-    for impl in ("ffi", "reference"):
-        model = nnx.clone(tiny("packed"))
-        for _, layer in bit_linears(model):
-            layer.impl = impl
-        assert what(Generator(model).generate(["hello"], GREEDY)[0]) == auto
+    (ffi,) = generator("packed").generate(["hello"], GREEDY)
+    reference = Generator(with_impl(tiny("packed"), "reference"))
+    assert what(reference.generate(["hello"], GREEDY)[0]) == what(ffi)
+    assert len(set(ffi.text)) >= 6
 
 
 def test_bfloat16_follows_float32():
-    model = nnx.clone(tiny("packed"))
+    model = with_impl(tiny("packed"), "auto")
     model.dtype = jnp.dtype("bfloat16")
     gen = Generator(model)
     assert gen._empty_cache(1, 4)[0].keys.dtype == jnp.bfloat16
@@ -151,13 +156,16 @@ def test_bfloat16_follows_float32():
         sequence.append(token)
 
 
+SCRIPT_LIMIT = 40
+
+
 class Script(nnx.Module):
     """Stands in for a model: at position p it predicts byte p of a script, whatever it reads."""
 
-    def __init__(self, text, max_seq_len=96):
+    def __init__(self, text):
         raw = text.encode() if isinstance(text, str) else text
-        self.config = tiny_config(max_seq_len=max_seq_len)
-        self.script = nnx.Param(jnp.asarray(list(raw.ljust(max_seq_len, b".")), jnp.int32))
+        self.config = tiny_config(max_seq_len=SCRIPT_LIMIT)
+        self.script = nnx.Param(jnp.asarray(list(raw.ljust(SCRIPT_LIMIT, b".")), jnp.int32))
 
     def empty_cache(self, batch, length):
         return ()
@@ -169,9 +177,16 @@ class Script(nnx.Module):
         return hidden
 
 
-def scripted(text, max_seq_len=96):
+class Constant(Script):
+    """Predicts token t with logit 3 - t / 8 at every position."""
+
+    def logits(self, hidden):
+        return hidden * 0 + (3 - jnp.arange(256.0) / 8)[None]
+
+
+def scripted(text):
     """A generator that continues any prompt of one byte with `text`, then dots."""
-    return Generator(Script(text, max_seq_len))
+    return Generator(Script(text))
 
 
 def greedy(**params):
@@ -191,6 +206,8 @@ STORY = "The cat sat on the mat. END of it"
         (("on the mat", "the"), "The cat sat on "),
         (("cat sat", "at s"), "The c"),  # "at s" is complete before "cat sat"
         (("at", "The cat sat"), "The c"),
+        (("sat", " sat", "at"), "The c"),
+        (("sat", " sat"), "The cat"),  # both are complete at once; the earlier beginning counts
         (("nowhere",), STORY),
     ],
 )
@@ -267,12 +284,26 @@ def test_a_stream_may_be_left_early():
     assert stream.completion.text.startswith("The")
 
 
+@pytest.mark.parametrize("prompt", ["\x01\x02", "\0", "\x05"])
+def test_the_repetition_penalty_counts_prompt_and_text_but_no_padding(prompt):
+    seen, wanted = set(prompt.encode()), ""
+    for _ in range(12):
+        logits = [3 - t / 8 for t in range(128)]
+        for t in seen:
+            logits[t] = logits[t] / 1.5 if logits[t] > 0 else logits[t] * 1.5
+        wanted += chr(int(np.argmax(logits)))
+        seen.add(ord(wanted[-1]))
+    params = greedy(max_new_tokens=12, repetition_penalty=1.5)
+    assert Generator(Constant("")).generate([prompt], params)[0].text == wanted
+    assert len(set(wanted)) >= 6
+
+
 def test_max_new_tokens_and_the_context_limit():
-    gen = scripted(STORY, max_seq_len=20)
-    for length, wanted, got in ((1, 7, 7), (1, 100, 19), (12, 100, 8), (19, 100, 1)):
+    gen = scripted(STORY)
+    for length, wanted, got in ((1, 7, 7), (1, 100, 39), (12, 28, 28), (12, 29, 28), (39, 9, 1)):
         (completion,) = gen.generate(["x" * length], greedy(max_new_tokens=wanted))
         assert what(completion)[1:] == (
-            STORY.ljust(20, ".")[length - 1 : length - 1 + got], got, "length"
+            STORY.ljust(40, ".")[length - 1 : length - 1 + got], got, "length"
         )  # fmt: skip
 
 

@@ -82,6 +82,7 @@ FALLING = np.log([0.4, 0.3, 0.2, 0.1])
         ({"top_k": 4}, [0, 1, 2, 3]),
         ({"top_k": 2**31 - 1}, [0, 1, 2, 3]),
         ({"top_p": 1e-9}, [0]),
+        ({"top_p": 1e-60}, [0]),  # 0 in float32
         ({"top_p": 0.39}, [0]),
         ({"top_p": 0.41}, [0, 1]),
         ({"top_p": 0.69}, [0, 1]),
@@ -129,12 +130,15 @@ def test_temperature_zero_is_argmax():
     drawn = draw(logits, [SamplingParams(temperature=0, seed=s) for s in range(16)])
     assert drawn.dtype == np.int32
     assert drawn.tolist() == logits.argmax(-1).tolist()
-    assert draw([[1.0, 3.0, 3.0, 2.0]], [SamplingParams(temperature=0)]).tolist() == [1]
+    tied = np.where(np.arange(V) % 3 == 2, 3.0, 1.0)
+    drawn = draw(np.tile(tied, (16, 1)), [SamplingParams(temperature=0)] * 16)
+    assert drawn.tolist() == [2] * 16
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-37])
 def test_a_tiny_temperature_is_argmax_too(temperature):
-    logits = np.random.default_rng(1).normal(size=(16, V)).astype(np.float32) * 10
+    # Divided by 1e-37, several of them are beyond float32.
+    logits = np.random.default_rng(1).normal(size=(16, V)).astype(np.float32) * 100
     drawn = draw(logits, [SamplingParams(temperature=temperature, seed=s) for s in range(16)])
     assert drawn.tolist() == logits.argmax(-1).tolist()
 
@@ -207,6 +211,7 @@ def test_repetition_penalty_equation(penalty):
     rng = np.random.default_rng(3)
     logits = rng.normal(size=(64, V)).astype(np.float32)
     seen = rng.random((64, V)) < 0.4
+    logits[32:] -= 3  # rows whose best is negative
     logits[0, 0], seen[0, 0] = 0.0, True
     wanted = [
         int(np.argmax([
@@ -259,7 +264,7 @@ def test_same_seed_same_draw_and_another_seed_another():
     seeds = [SamplingParams(seed=s) for s in (5, 5, 6)]
     first, second, other = draw(logits, seeds)
     assert first == second != other
-    moved, same = draw(logits[:2], seeds[:2], np.array([1, 0], np.int32))
+    moved, same, _ = draw(logits, seeds, np.array([1, 0, 0], np.int32))
     assert same == first != moved
 
 
