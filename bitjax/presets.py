@@ -73,11 +73,11 @@ def shakespeare(weights: WeightQuantizer, text: str = "", seed: int = 0) -> RunC
     if weights == "float":
         model = quantized.full_precision_twin()
         optimizer = OptimizerConfig(
-            learning_rate=3e-3, stage_two_learning_rate=None, stage_two_weight_decay=None
+            learning_rate=2e-3, stage_two_learning_rate=None, stage_two_weight_decay=None
         )
     else:
         model = quantized
-        optimizer = OptimizerConfig(learning_rate=4e-3, stage_two_learning_rate=2.7e-3)
+        optimizer = OptimizerConfig(learning_rate=2.5e-3, stage_two_learning_rate=1.7e-3)
     schedule = TrainConfig(
         steps=2000, batch_size=4, seq_len=256, seed=seed, eval_every=250, checkpoint_every=250
     )
