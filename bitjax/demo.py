@@ -85,20 +85,20 @@ def _compare(
 
 def _pack(directory: Path, models: dict[str, Transformer]) -> Transformer:
     """Write the three model files and read the packed one back."""
-    files = {f"{label}, float32": directory / f"{_slug(label)}.safetensors" for label in models}
+    files = [directory / f"{_slug(label)}.safetensors" for label in models]
     packed_path = directory / "ternary-packed.safetensors"
-    for model, path in zip(models.values(), files.values(), strict=True):
+    for model, path in zip(models.values(), files, strict=True):
         save_model(path, model)
     save_model(packed_path, pack_model(models["ternary"]))
-    files["ternary, packed"] = packed_path
+    files.append(packed_path)
     linear = sum(layer.weight[...].size for _, layer in bit_linears(models["ternary"]))
     total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(models["ternary"], nnx.Param)))
     terminal.table(
         ("file", "size", "bits per parameter"),
         [
-            (f"{label}  ({path.name})", terminal.size(path.stat().st_size),
+            (path.name, terminal.size(path.stat().st_size),
              f"{8 * path.stat().st_size / total:.2f}")
-            for label, path in files.items()
+            for path in files
         ],
         title=f"{total:,} parameters, {linear:,} of them in linear layers",
     )  # fmt: skip
@@ -130,10 +130,10 @@ def _show_agreement(trained: Transformer, packed: Transformer, config: RunConfig
         for graph, params in (nnx.split(trained), nnx.split(packed))
     ]
     terminal.table(
-        ("training-time against packed logits", "bound", "largest difference", "same next byte"),
+        ("packed against trained logits", "bound", "difference", "same next byte"),
         [
             ("operation by operation", "0", *_difference(trained_logits, packed_logits)),
-            ("compiled (XLA may reorder sums)", "none", *_difference(*compiled)),
+            ("compiled: sums reordered", "none", *_difference(*compiled)),
         ],
         title=f"kernel: {ffi.active_kernel()}" if ffi.available() else "pure JAX",
     )
@@ -164,8 +164,10 @@ def stream_text(generator: Generator, prompt: str, params: SamplingParams) -> No
     done = stream.completion
     kernel = ffi.active_kernel() if ffi.available() else "pure JAX"
     console.print(
-        f"\n\n[dim]{done.tokens} tokens, {done.tokens_per_second:,.0f} tokens/s, prompt in "
-        f"{1000 * done.prefill_seconds:.1f} ms, compiled in {compiled:.1f} s, kernel {kernel}[/dim]"
+        f"\n\n[dim]{done.tokens} tokens, {done.tokens_per_second:,.0f} tokens/s, "
+        f"prompt in {1000 * done.prefill_seconds:.1f} ms, compiled in {compiled:.1f} s, "
+        f"kernel {kernel}[/dim]",
+        soft_wrap=True,
     )
 
 
