@@ -7,6 +7,7 @@ that together exceed the last-level cache, as the layers of a large model are.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 import statistics
@@ -19,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitjax import __version__, terminal
-from bitjax.ops import ffi, ternary_matmul
-from bitjax.packing import PackedTernary, pack
+from bitjax.ops import ffi, packed_matmul
+from bitjax.packing import PackedWeights, pack
 
 CYCLED_BYTES = 256 * 2**20  # of weights, several times a last-level cache
 REPEATS = 7  # timed passes over the cycle; the median is reported
@@ -76,10 +77,10 @@ def _measure(kernel: str, rows: int, cols: int, m: int, bandwidth: float) -> dic
     impl = "reference" if kernel == "reference" else "ffi"
 
     @jax.jit
-    def cycle(x: jax.Array, weights: list[PackedTernary]) -> jax.Array:
+    def cycle(x: jax.Array, weights: list[PackedWeights]) -> jax.Array:
         y = jnp.zeros((m, rows))
         for w in weights:  # each product waits for the one before, as layers do
-            y = ternary_matmul(x + 0 * y[:, :1], w, impl)  # type: ignore[arg-type]
+            y = packed_matmul(x + 0 * y[:, :1], w, impl=impl)  # type: ignore[arg-type]
         return y
 
     ffi.force_kernel(None if kernel == "reference" else kernel)
@@ -101,14 +102,13 @@ def _measure(kernel: str, rows: int, cols: int, m: int, bandwidth: float) -> dic
     }
 
 
-def _weights(rows: int, cols: int, copies: int | None) -> list[PackedTernary]:
+def _weights(rows: int, cols: int, copies: int | None) -> list[PackedWeights]:
     """Copies of one random matrix, in distinct memory, that exceed the caches (or `copies`)."""
     generator = np.random.default_rng(0)
     packed = pack(generator.integers(-1, 2, (rows, cols), np.int8), 1.0)
     copies = copies or max(2, min(256, CYCLED_BYTES // packed.codes.nbytes))
     return [
-        PackedTernary(jnp.array(packed.codes, copy=True), packed.scale, rows, cols)
-        for _ in range(copies)
+        dataclasses.replace(packed, codes=jnp.array(packed.codes, copy=True)) for _ in range(copies)
     ]
 
 

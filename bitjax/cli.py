@@ -139,7 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     convert = command(
-        "convert", _convert, "write a run's model as a file, packed to 2 bits a weight or in float"
+        "convert",
+        _convert,
+        "write a run's model as a file, packed to 2 or 1.6 bits a weight or in float",
     )
     model_argument(convert)
     convert.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
@@ -147,10 +149,16 @@ def _parser() -> argparse.ArgumentParser:
         "--float", action="store_true", dest="as_float", help="keep float32 weights"
     )
     convert.add_argument(
+        "--bits",
+        choices=("2", "1.6"),
+        default="2",
+        help="bits of a packed ternary weight (default: 2; 1.6 is smaller, and faster from memory)",
+    )
+    convert.add_argument(
         "--tables",
-        choices=("float32", "bfloat16"),
+        choices=("float32", "bfloat16", "int8", "int4"),
         default="float32",
-        help="number format of the embedding and head of a packed file",
+        help="number format of the embedding and head of a packed file (default: float32)",
     )
     convert.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
 
@@ -252,12 +260,14 @@ def _convert(arguments: argparse.Namespace) -> None:
     from bitjax.api import load
     from bitjax.infer import pack_model
     from bitjax.model.files import save_model
+    from bitjax.packing import LayoutName
 
     if arguments.output.exists() and not arguments.overwrite:
         raise ValueError(f"{arguments.output} exists; choose another name or give --overwrite")
     model = load(arguments.model)
     if not arguments.as_float:
-        model = pack_model(model, arguments.tables)
+        layout: LayoutName = "ternary2" if arguments.bits == "2" else "ternary1.6"
+        model = pack_model(model, layout, arguments.tables)
     save_model(arguments.output, model)
     terminal.console.print(
         f"{arguments.output}: {terminal.size(arguments.output.stat().st_size)}", soft_wrap=True

@@ -11,7 +11,7 @@ from bitjax import terminal
 from bitjax.api import load
 from bitjax.model import Transformer, bit_linears
 from bitjax.model.files import tensor_table
-from bitjax.packing import PackedTernary, unpack
+from bitjax.packing import PackedWeights, unpack
 from bitjax.quant import WEIGHT_QUANTIZERS
 
 
@@ -33,7 +33,9 @@ def inspect(path: Path) -> None:
     if path.is_file():
         tensors = tensor_table(path)
         linear = {f"{name}.weight" for name, _ in bit_linears(model)}
-        stored = sum(n for name, _, _, n in tensors if name.removesuffix(".codes") in linear)
+        stored = sum(
+            n for name, _, _, n in tensors if f"{name.rpartition('.weight.')[0]}.weight" in linear
+        )
         weights = sum(int(np.prod(layer.weight.get_value().shape)) for _, layer in
                       bit_linears(model))  # fmt: skip
         terminal.table(
@@ -52,15 +54,15 @@ def layer_rows(model: Transformer) -> list[tuple[str, ...]]:
     for name, layer in bit_linears(model):
         weight = layer.weight.get_value()
         shape = " x ".join(map(str, weight.shape))
-        if isinstance(weight, PackedTernary):
-            held, codes, scale = "packed", np.asarray(unpack(weight)), float(weight.scale)
+        if isinstance(weight, PackedWeights):
+            held, codes, scale = str(weight.layout), np.asarray(unpack(weight)), weight.scale
         elif model.config.weights in WEIGHT_QUANTIZERS:
-            quantized = WEIGHT_QUANTIZERS[model.config.weights](weight)
-            held, codes = str(weight.dtype), np.asarray(quantized.codes)
-            scale = float(quantized.scale[0, 0])
+            quantized = WEIGHT_QUANTIZERS[model.config.weights](weight, layer.segments)
+            held, codes, scale = str(weight.dtype), np.asarray(quantized.codes), quantized.scale
         else:
             rows.append((name, shape, str(weight.dtype), "", "", "", ""))
             continue
         fractions = (f"{np.mean(codes == code):.1%}" for code in (-1, 0, 1))
-        rows.append((name, shape, held, *fractions, f"{scale:.4g}"))
+        scales = " ".join(f"{value:.4g}" for value in dict.fromkeys(np.ravel(scale).tolist()))
+        rows.append((name, shape, held, *fractions, scales))
     return rows

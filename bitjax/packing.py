@@ -1,127 +1,278 @@
-"""Packed ternary weights: the Python twin of `ffi/packed_format.h`, format version 1.
+"""Packed weights: the Python twin of `ffi/packed_format.h`, format version 2.
 
-    dequant(w)[n, k] = (code[n, k] - 1) * scale,    code in {0, 1, 2}
+A matrix of small integers w, stored as codes `c = w + offset` in one of four layouts:
 
-Rows (output features) and columns (input features) are padded to multiples of 16 with code 1,
-weight zero. Codes are stored in blocks of 16 rows x 16 columns, 64 bytes each, as a uint8 array
-`[ceil(rows/16), ceil(cols/16), 64]`. In block (nb, kb), byte `4*r + j` holds row `16*nb + r`; its
-bits `2*s` and `2*s + 1` hold the code of column `16*kb + 4*s + j`, for r in 0..15 and j, s in 0..3.
+    layout      w          offset  planes  bits a weight
+    ternary2    -1..1      1       4       2
+    ternary1.6  -1..1      1       5       1.6
+    int4        -8..7      8       2       4.25 with multipliers
+    int8        -127..127  128     1       8
 
-So one 64-byte vector load brings four columns of sixteen rows per bit plane: every 32-bit lane is
-a row, and a four-byte dot product with the same four activations in every lane advances all
-sixteen rows with no horizontal sum.
+    dequant(w)[n, k] = w[n, k] * scale[n]                                   one scale, or one a row
+    int4:            = w[n, k] * multiplier[n, k // 32] * scale[n],         multiplier in 1..15
+
+Blocks of 16 rows x 4*planes columns take 64 bytes: uint8 `[row blocks, column blocks, 64]`. In a
+block, byte `4*r + j` holds for row r and each plane s the code of column `4*s + j`: ternary2 in the
+bits 2s and 2s+1, int4 in the bits 4s..4s+3, ternary1.6 as digit s of a number in base 3. Rows and
+columns beyond the matrix hold weight zero; int4 has whole groups of 32 columns.
+
+So one 64-byte vector load brings four columns of sixteen rows per plane: every 32-bit lane is a
+row, and a four-byte dot product with the same four activations in every lane advances all sixteen
+rows with no horizontal sum.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-FORMAT_VERSION = 1
-BLOCK = 16  # rows, and columns, of one block
-BLOCK_BYTES = 64
-PLANES = 4  # 2-bit planes of a byte
+FORMAT_VERSION = 2
+BLOCK_ROWS = 16
+LANE_BYTES = 4  # columns of one plane of a block
+BLOCK_BYTES = BLOCK_ROWS * LANE_BYTES
+
+LayoutName = Literal["ternary2", "ternary1.6", "int4", "int8"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One way to store codes.
+
+    Attributes:
+        number: in the custom calls.
+        base: number of values of a code; a byte holds `planes` digits in this base.
+        planes: codes in a byte.
+        offset: code of weight 0.
+        low, high: the weights there are.
+        group_blocks: blocks of columns that share a multiplier; 0 without multipliers.
+    """
+
+    number: int
+    base: int
+    planes: int
+    offset: int
+    low: int
+    high: int
+    group_blocks: int = 0
+
+    @property
+    def block_cols(self) -> int:
+        """Columns of a block."""
+        return self.planes * LANE_BYTES
+
+
+LAYOUTS: dict[LayoutName, Layout] = {
+    "ternary2": Layout(0, base=4, planes=4, offset=1, low=-1, high=1),
+    "ternary1.6": Layout(1, base=3, planes=5, offset=1, low=-1, high=1),
+    "int4": Layout(2, base=16, planes=2, offset=8, low=-8, high=7, group_blocks=4),
+    "int8": Layout(3, base=256, planes=1, offset=128, low=-127, high=127),
+}
+GROUP = LAYOUTS["int4"].group_blocks * LAYOUTS["int4"].block_cols  # columns that share a multiplier
+MAX_MULTIPLIER = 15  # so that |w * multiplier| <= 120 fits int8
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PackedTernary:
-    """Ternary (or binary) weights of one linear layer, ready for the kernels. A pytree.
+class PackedWeights:
+    """Integer weights of one matrix, ready for the kernels. A pytree.
 
     Attributes:
-        codes: uint8 `[ceil(rows/16), ceil(cols/16), 64]`, the layout above.
-        scale: float32 scalar; multiplies.
+        codes: uint8 `[row blocks, column blocks, 64]`, the layout above.
+        scale: float32 `[]` or `[rows]`; multiplies.
+        multipliers: uint8 `[row blocks, groups, 16]` for int4, else None.
         rows, cols: output and input features, static.
-        version: of the layout, static.
+        layout: static.
     """
 
     codes: jax.Array
     scale: jax.Array
+    multipliers: jax.Array | None
     rows: int = dataclasses.field(metadata={"static": True})
     cols: int = dataclasses.field(metadata={"static": True})
-    version: int = dataclasses.field(default=FORMAT_VERSION, metadata={"static": True})
+    layout: LayoutName = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, int]:
         """(output features, input features)."""
         return self.rows, self.cols
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and multipliers."""
+        return sum(int(leaf.nbytes) for leaf in jax.tree.leaves(self))
 
-def packed_shape(rows: int, cols: int) -> tuple[int, int, int]:
+
+def packed_shape(layout: LayoutName, rows: int, cols: int) -> tuple[int, int, int]:
     """Shape of the uint8 codes that hold a `rows` x `cols` matrix."""
-    return -(-rows // BLOCK), -(-cols // BLOCK), BLOCK_BYTES
+    about = LAYOUTS[layout]
+    unit = about.group_blocks or 1
+    return -(-rows // BLOCK_ROWS), -(-cols // (about.block_cols * unit)) * unit, BLOCK_BYTES
 
 
-def pack(codes_NxK: np.ndarray, scale: float | np.ndarray) -> PackedTernary:
+def multiplier_shape(rows: int, cols: int) -> tuple[int, int, int]:
+    """Shape of the uint8 multipliers of an int4 matrix."""
+    return -(-rows // BLOCK_ROWS), -(-cols // GROUP), BLOCK_ROWS
+
+
+def pack(
+    w_NxK: np.ndarray,
+    scale: float | np.ndarray,
+    layout: LayoutName = "ternary2",
+    multipliers: np.ndarray | None = None,
+) -> PackedWeights:
     """Pack integer weights.
 
     Args:
-        codes_NxK: `[rows, cols]`, every value -1, 0 or 1, any numeric dtype.
-        scale: finite float; `codes * scale` are the real weights.
+        w_NxK: `[rows, cols]`, integers that the layout can hold, any numeric dtype.
+        scale: finite floats, one or `[rows]`.
+        layout: a name in `LAYOUTS`.
+        multipliers: integers 1..15 `[rows, ceil(cols/32)]`; for int4, and required there.
 
     Raises:
-        ValueError: not a matrix, empty, a value outside {-1, 0, 1}, or a scale that is not finite.
+        ValueError: not a matrix, empty, a value that the layout cannot hold, or a scale that is
+            not finite.
     """
-    codes_NxK = np.asarray(codes_NxK)
-    if codes_NxK.ndim != 2 or 0 in codes_NxK.shape:
-        raise ValueError(f"packed weights must be a non-empty matrix; got shape {codes_NxK.shape}")
-    if not np.isin(codes_NxK, (-1, 0, 1)).all():
-        raise ValueError("packed weights must be -1, 0 or 1")
-    scale = np.asarray(scale, np.float32).reshape(())
-    if not np.isfinite(scale):
+    about = LAYOUTS[layout]
+    w_NxK = np.asarray(w_NxK)
+    if w_NxK.ndim != 2 or 0 in w_NxK.shape:
+        raise ValueError(f"packed weights must be a non-empty matrix; got shape {w_NxK.shape}")
+    if not ((w_NxK >= about.low) & (w_NxK <= about.high) & (w_NxK == np.trunc(w_NxK))).all():
+        raise ValueError(f"{layout} weights must be integers from {about.low} to {about.high}")
+    rows, cols = w_NxK.shape
+    scale = np.asarray(scale, np.float32)
+    if scale.shape not in ((), (rows,)):
+        raise ValueError(f"scales must be one number or {rows}, one a row; got {scale.shape}")
+    if not np.isfinite(scale).all():
         raise ValueError(f"the weight scale must be finite; got {scale}")
-    rows, cols = codes_NxK.shape
-    row_blocks, col_blocks, _ = packed_shape(rows, cols)
-    padded = np.ones((row_blocks * BLOCK, col_blocks * BLOCK), np.uint8)
-    padded[:rows, :cols] = (codes_NxK + 1).astype(np.uint8)
-    planes = padded.reshape(row_blocks, BLOCK, col_blocks, PLANES, 4)  # nb, r, kb, s, j
-    planes = planes.transpose(0, 2, 1, 4, 3)  # nb, kb, r, j, s
-    shifts = 2 * np.arange(PLANES, dtype=np.uint8)
-    codes = np.bitwise_or.reduce(planes << shifts, axis=-1)
-    return PackedTernary(
-        jnp.asarray(codes.reshape(row_blocks, col_blocks, BLOCK_BYTES)),
-        jnp.asarray(scale),
-        rows,
-        cols,
+    shape = packed_shape(layout, rows, cols)
+    padded = np.full((shape[0] * BLOCK_ROWS, shape[1] * about.block_cols), about.offset, np.uint8)
+    padded[:rows, :cols] = (w_NxK.astype(np.int16) + about.offset).astype(np.uint8)
+    digits = padded.reshape(shape[0], BLOCK_ROWS, shape[1], about.planes, LANE_BYTES)
+    digits = digits.transpose(0, 2, 1, 4, 3)  # row block, column block, row, j, plane
+    powers = np.array([about.base**s for s in range(about.planes)], np.uint8)
+    codes = (digits * powers).sum(-1, dtype=np.uint8).reshape(shape)
+    packed_multipliers = None
+    if about.group_blocks:
+        packed_multipliers = jnp.asarray(_pack_multipliers(rows, cols, multipliers))
+    return PackedWeights(
+        jnp.asarray(codes), jnp.asarray(scale), packed_multipliers, rows, cols, layout
     )
 
 
-def unpack(packed: PackedTernary) -> jax.Array:
-    """The weights as int8 `[rows, cols]` in {-1, 0, 1}; pure JAX, works under jit anywhere."""
-    row_blocks, col_blocks, _ = packed_shape(*packed.shape)
-    codes = packed.codes.reshape(row_blocks, col_blocks, BLOCK, 4)  # nb, kb, r, j
-    shifts = 2 * jnp.arange(PLANES, dtype=jnp.uint8)
-    planes = (codes[..., None] >> shifts.reshape(1, 1, 1, 1, PLANES)) & jnp.uint8(3)
-    planes = planes.transpose(0, 2, 1, 4, 3)  # nb, r, kb, s, j
-    padded = planes.reshape(row_blocks * BLOCK, col_blocks * BLOCK)
-    return padded[: packed.rows, : packed.cols].astype(jnp.int8) - jnp.int8(1)
+def _pack_multipliers(rows: int, cols: int, multipliers: np.ndarray | None) -> np.ndarray:
+    row_blocks, groups, _ = multiplier_shape(rows, cols)
+    if multipliers is None or multipliers.shape != (rows, groups):
+        got = None if multipliers is None else multipliers.shape
+        raise ValueError(f"int4 weights need multipliers {(rows, groups)}; got {got}")
+    if not ((multipliers >= 1) & (multipliers <= MAX_MULTIPLIER)).all():
+        raise ValueError(f"multipliers must be from 1 to {MAX_MULTIPLIER}")
+    padded = np.ones((row_blocks * BLOCK_ROWS, groups), np.uint8)
+    padded[:rows] = multipliers
+    return np.ascontiguousarray(padded.reshape(row_blocks, BLOCK_ROWS, groups).transpose(0, 2, 1))
 
 
-def validate(name: str, packed: PackedTernary) -> None:
-    """Check packed weights that came from outside (a file) before any kernel reads them.
+def unpack(packed: PackedWeights) -> jax.Array:
+    """The integers, multipliers applied, as int8 `[rows, cols]`; pure JAX, under jit anywhere."""
+    about = LAYOUTS[packed.layout]
+    row_blocks, col_blocks, _ = packed_shape(packed.layout, *packed.shape)
+    codes = packed.codes.reshape(row_blocks, col_blocks, BLOCK_ROWS, LANE_BYTES)
+    w = _decode(codes, packed.layout)  # row block, column block, row, plane, j
+    w = w.transpose(0, 2, 1, 3, 4).reshape(row_blocks * BLOCK_ROWS, col_blocks * about.block_cols)
+    if packed.multipliers is not None:
+        m = packed.multipliers.transpose(0, 2, 1).reshape(row_blocks * BLOCK_ROWS, -1)
+        w = w * jnp.repeat(m.astype(jnp.int16), GROUP, axis=1)
+    return w[: packed.rows, : packed.cols].astype(jnp.int8)
+
+
+def packed_rows(packed: PackedWeights, rows: jax.Array) -> jax.Array:
+    """Some rows of a packed matrix as float32 `[..., cols]`: an embedding look-up.
+
+    Args:
+        packed: the table.
+        rows: integers `[...]`, in range.
+    """
+    blocks, lanes = rows // BLOCK_ROWS, rows % BLOCK_ROWS
+    codes = packed.codes.reshape(*packed.codes.shape[:2], BLOCK_ROWS, LANE_BYTES)
+    w = _decode(codes[blocks, :, lanes], packed.layout).reshape(*rows.shape, -1)
+    if packed.multipliers is not None:
+        m = packed.multipliers[blocks, :, lanes].astype(jnp.int16)
+        w = w * jnp.repeat(m, GROUP, axis=-1)
+    scale = packed.scale if packed.scale.ndim == 0 else packed.scale[rows]
+    return w[..., : packed.cols].astype(jnp.float32) * jnp.expand_dims(
+        jnp.broadcast_to(scale, rows.shape), -1
+    )
+
+
+def _decode(codes: jax.Array, layout: LayoutName) -> jax.Array:
+    """uint8 `[..., 4]` to int16 weights `[..., plane, 4]`, without multipliers."""
+    about = LAYOUTS[layout]
+    planes = [
+        codes if about.planes == 1 else codes // jnp.uint8(about.base**s) % about.base
+        for s in range(about.planes)
+    ]
+    return jnp.stack(planes, axis=-2).astype(jnp.int16) - jnp.int16(about.offset)
+
+
+def validate(name: str, packed: PackedWeights, codes: bool = True) -> None:
+    """Check packed weights that came from outside (a file) before they are used.
+
+    Kernels read nothing outside the arrays whatever the bytes; invalid codes would only give
+    wrong numbers.
+
+    Args:
+        name: of the tensor, for messages.
+        packed: with NumPy arrays.
+        codes: whether to read and check every byte of the codes.
 
     Raises:
-        ValueError: naming the tensor: unknown version, wrong shape or dtype, the invalid code 3,
-            or a scale that is not finite.
+        ValueError: naming the tensor: wrong shape or dtype, an invalid code or multiplier, or a
+            scale that is not finite.
     """
-    if packed.version != FORMAT_VERSION:
+    about = LAYOUTS[packed.layout]
+    arrays = {"codes": (packed.codes, packed_shape(packed.layout, *packed.shape))}
+    if about.group_blocks:
+        if packed.multipliers is None:
+            raise ValueError(f"{name}: int4 weights need multipliers")
+        arrays["multipliers"] = packed.multipliers, multiplier_shape(*packed.shape)
+    for what, (array, wanted) in arrays.items():
+        if array.shape != wanted or array.dtype != np.uint8:
+            raise ValueError(
+                f"{name}: {what} are {array.dtype}{list(array.shape)}; a {packed.rows} x "
+                f"{packed.cols} {packed.layout} matrix needs uint8{list(wanted)}"
+            )
+    scale = packed.scale
+    if scale.shape not in ((), (packed.rows,)) or scale.dtype != np.float32:
         raise ValueError(
-            f"{name}: packed format version {packed.version}; this build reads {FORMAT_VERSION}"
+            f"{name}: scales must be one float32 or {packed.rows}, one a row; got "
+            f"{scale.dtype}{list(scale.shape)}"
         )
-    wanted = packed_shape(*packed.shape)
-    if packed.codes.shape != wanted or packed.codes.dtype != np.uint8:
-        raise ValueError(
-            f"{name}: codes are {packed.codes.dtype}{list(packed.codes.shape)}; "
-            f"a {packed.rows} x {packed.cols} matrix needs uint8{list(wanted)}"
-        )
-    codes = np.asarray(packed.codes)
-    if (codes & (codes >> 1) & 0x55).any():
-        raise ValueError(f"{name}: holds the code 3, which stands for no weight")
-    if packed.scale.shape != () or packed.scale.dtype != np.float32:
-        raise ValueError(f"{name}: the scale must be one float32; got {packed.scale.dtype}"
-                         f"{list(packed.scale.shape)}")  # fmt: skip
-    if not np.isfinite(np.asarray(packed.scale)):
-        raise ValueError(f"{name}: the scale {packed.scale} is not finite")
+    if not np.isfinite(np.asarray(scale)).all():
+        raise ValueError(f"{name}: the scale {scale} is not finite")
+    if packed.multipliers is not None:
+        multipliers = np.asarray(packed.multipliers)
+        if multipliers.min() < 1 or multipliers.max() > MAX_MULTIPLIER:
+            raise ValueError(f"{name}: multipliers must be from 1 to {MAX_MULTIPLIER}")
+    if codes:
+        for block in np.asarray(packed.codes):  # a row block at a time stays in the cache
+            if _has_invalid_code(packed.layout, block):
+                raise ValueError(f"{name}: {_INVALID[packed.layout]}")
+
+
+_INVALID: dict[LayoutName, str] = {
+    "ternary2": "holds the code 3, which stands for no weight",
+    "ternary1.6": "holds a byte above 242, which stands for no five weights",
+    "int8": "holds the code 0, which stands for no weight",
+}
+
+
+def _has_invalid_code(layout: LayoutName, block: np.ndarray) -> bool:
+    if layout == "ternary2":
+        words = block.reshape(-1).view(np.uint64)
+        return bool((words & (words >> np.uint64(1)) & np.uint64(0x5555555555555555)).any())
+    if layout == "ternary1.6":
+        return int(block.max()) > 242
+    return layout == "int8" and int(block.min()) == 0

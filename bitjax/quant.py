@@ -19,6 +19,9 @@ file) agree to the bit.
 Sources: ternary and int8, "The Era of 1-bit LLMs: Training Tips, Code and FAQ" (Microsoft, 2024),
 figures 3 and 4; binary, BitNet (arXiv 2310.11453), equations 1 to 3.
 
+Embeddings and heads, kept in full precision by BitNet, have forms for inference: `int8_per_row` and
+`int4_grouped`.
+
 Deliberately absent: NaN and infinity are not replaced. They make the scale NaN, so they surface
 in the output; `require_finite` refuses them where weights enter.
 """
@@ -36,6 +39,9 @@ import numpy as np
 EPS = 1e-5
 # Largest number of int8 x {-1,0,1} products whose float32 sum is exact: 2**24 / 128.
 EXACT_FLOAT32_TERMS = 2**24 // 128
+
+
+Segments = tuple[int, ...]  # rows of each of several tensors stacked as one matrix
 
 
 class Quantized(NamedTuple):
@@ -57,25 +63,31 @@ def straight_through(value: jax.Array, quantized: jax.Array) -> jax.Array:
     return jax.lax.stop_gradient(quantized) + (value - jax.lax.stop_gradient(value))
 
 
-def ternary(w_NxK: jax.Array) -> Quantized:
-    """Absmean ternary weights: codes in {-1, 0, 1}, one scale `[1, 1]` per tensor.
+def ternary(w_NxK: jax.Array, segments: Segments = ()) -> Quantized:
+    """Absmean ternary weights: codes in {-1, 0, 1}.
 
-    The gradient of `dequantize()` with respect to `w_NxK` is the identity (straight-through).
+    Args:
+        w_NxK: one tensor, or several stacked.
+        segments: rows of each stacked tensor; empty for one tensor.
+
+    Returns:
+        Scale `[1, 1]`, or `[N, 1]` with segments: each tensor has its own. The gradient of
+        `dequantize()` with respect to `w_NxK` is the identity (straight-through).
     """
     w_NxK = w_NxK.astype(jnp.float32)
-    scale = _absmean(w_NxK)
+    scale = _absmean(w_NxK, segments)
     scaled = w_NxK * (1.0 / scale)
     return Quantized(straight_through(scaled, jnp.clip(jnp.round(scaled), -1, 1)), scale)
 
 
-def binary(w_NxK: jax.Array) -> Quantized:
-    """Binary weights of BitNet b1: codes in {-1, 1}, one scale `[1, 1]` per tensor.
+def binary(w_NxK: jax.Array, segments: Segments = ()) -> Quantized:
+    """Binary weights of BitNet b1: codes in {-1, 1}; scale and segments as in `ternary`.
 
     Sign(0) is -1, as in the paper. The gradient is straight-through.
     """
     w_NxK = w_NxK.astype(jnp.float32)
-    scale = _absmean(w_NxK)
-    signs = jnp.where(w_NxK > jnp.mean(w_NxK), 1.0, -1.0)
+    scale = _absmean(w_NxK, segments)
+    signs = jnp.where(w_NxK > _per_tensor_mean(w_NxK, segments), 1.0, -1.0)
     return Quantized(straight_through(w_NxK * (1.0 / scale), signs), scale)
 
 
@@ -94,7 +106,7 @@ def int8_per_token(x: jax.Array) -> Quantized:
 
 
 # The choices of `ModelConfig.weights` and `ModelConfig.activations`; "float" is no quantiser.
-WEIGHT_QUANTIZERS: dict[str, Callable[[jax.Array], Quantized]] = {
+WEIGHT_QUANTIZERS: dict[str, Callable[[jax.Array, Segments], Quantized]] = {
     "ternary": ternary,
     "binary": binary,
 }
@@ -116,6 +128,55 @@ def require_finite(name: str, array: jax.Array | np.ndarray) -> None:
         )
 
 
-def _absmean(w_NxK: jax.Array) -> jax.Array:
-    mean = jnp.mean(jnp.abs(w_NxK), keepdims=True)
+def int8_per_row(table_VxD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Absmax int8 rows of an embedding or head: int8 codes in -127..127, float32 scales `[V]`."""
+    table_VxD = np.asarray(table_VxD, np.float32)
+    scale_V = np.maximum(np.abs(table_VxD).max(axis=1), EPS) / 127
+    codes = np.rint(table_VxD / scale_V[:, None])
+    return codes.astype(np.int8), scale_V.astype(np.float32)
+
+
+def int4_grouped(table_VxD: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """4-bit rows of an embedding or head, with an integer multiplier for each group of columns.
+
+        dequant(w)[v, d] = code[v, d] * multiplier[v, d // group] * scale[v]
+
+    Of the multipliers near absmax / 7, each group takes the one of least squared error.
+
+    Returns:
+        int8 codes in -8..7 `[V, D]`, uint8 multipliers in 1..15 `[V, ceil(D/group)]`, float32
+        scales `[V]`.
+    """
+    table_VxD = np.asarray(table_VxD, np.float32)
+    V, D = table_VxD.shape
+    w = np.pad(table_VxD, ((0, 0), (0, -D % group))).reshape(V, -1, group)
+    step = np.abs(w).max(axis=2) / 7
+    scale = np.maximum(step.max(axis=1), EPS) / 15
+    nearest = np.rint(step / scale[:, None])
+    best_error = np.full(step.shape, np.inf, np.float32)
+    codes = np.zeros(w.shape, np.int8)
+    multipliers = np.ones(step.shape, np.uint8)
+    for candidate in (nearest - 2, nearest - 1, nearest, nearest + 1):
+        m = np.clip(candidate, 1, 15)
+        unit = (m * scale[:, None])[..., None]
+        c = np.clip(np.rint(w / unit), -8, 7)
+        error = np.square(c * unit - w).sum(axis=2)
+        better = error < best_error
+        best_error = np.where(better, error, best_error)
+        codes[better] = c[better]
+        multipliers = np.where(better, m, multipliers).astype(np.uint8)
+    return codes.reshape(V, -1)[:, :D], multipliers, scale.astype(np.float32)
+
+
+def _per_tensor_mean(x_NxK: jax.Array, segments: Segments) -> jax.Array:
+    """The mean of each stacked tensor: `[1, 1]`, or `[N, 1]` with segments."""
+    if not segments:
+        return jnp.mean(x_NxK, keepdims=True)
+    ends = np.cumsum(segments)
+    means = [jnp.mean(x_NxK[end - n : end]) for n, end in zip(segments, ends, strict=True)]
+    return jnp.concatenate([jnp.full((n, 1), m) for n, m in zip(segments, means, strict=True)])
+
+
+def _absmean(w_NxK: jax.Array, segments: Segments) -> jax.Array:
+    mean = _per_tensor_mean(jnp.abs(w_NxK), segments)
     return jax.lax.stop_gradient(jnp.maximum(mean, EPS))

@@ -48,6 +48,8 @@ bool cpu_has_avx2() {
 
 [[maybe_unused]] bool cpu_has_avxvnni() { return cpu_has_avx2() && bit(Cpuid(7, 1).eax, 4); }
 
+bool cpu_has_avx512vbmi() { return bit(Cpuid(7, 0).ecx, 1); }
+
 bool cpu_has_avx512vnni() {
   const Cpuid leaf7(7, 0);
   const bool f = bit(leaf7.ebx, 16);
@@ -83,6 +85,9 @@ struct Entry {
 // The macros come from CMakeLists.txt, one for each kernel file that is built.
 const std::vector<Entry>& entries() {
   static const std::vector<Entry> all = {
+#ifdef BITJAX_HAVE_AVX512VBMI
+      {avx512vbmi_kernel(), cpu_has_avx512vnni() && cpu_has_avx512vbmi()},
+#endif
 #ifdef BITJAX_HAVE_AVX512VNNI
       {avx512vnni_kernel(), cpu_has_avx512vnni()},
 #endif

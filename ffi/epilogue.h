@@ -1,6 +1,6 @@
 // The final scaling, one definition for every kernel, and bfloat16 rounding.
 //
-//   y_n = float(acc_n) * (x_scale * w_scale)      float32, in exactly this association
+//   y_n = float(acc_n) * (x_scale * w_scale_n) [+ residual_n]     float32, in exactly this association
 //
 // and then, for a bfloat16 output, rounding to nearest even. acc_n is exact up to |acc| < 2^25 and
 // is rounded to float32 (nearest even) above 2^24. x_scale = NaN marks a row that held NaN or an
@@ -22,26 +22,35 @@ inline uint16_t round_to_bf16(float x) {
   return static_cast<uint16_t>((bits + 0x7FFFU + tie_to_even) >> 16);
 }
 
-inline void store_output(int32_t acc, float /*scale*/, int32_t* y) { *y = acc; }
+inline void store_output(float value, float* y) { *y = value; }
+inline void store_output(float value, uint16_t* bf16) { *bf16 = round_to_bf16(value); }
 
-inline void store_output(int32_t acc, float scale, float* y) {
-  *y = static_cast<float>(acc) * scale;
+inline float widen(float x) { return x; }
+inline float widen(uint16_t bf16) {
+  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
 }
 
-inline void store_output(int32_t acc, float scale, uint16_t* bf16) {
-  *bf16 = round_to_bf16(static_cast<float>(acc) * scale);
-}
-
-// y[i*y_stride + n] for i < m and n < n_count from acc[i*acc_stride + n]. x_scale holds m values;
-// int32 outputs take the sums as they are and ignore the scales.
-template <typename Y>
-void scale_tile(const int32_t* acc, int64_t acc_stride, int64_t m, int64_t n_count,
-                const float* x_scale, float w_scale, Y* y, int64_t y_stride) {
-  for (int64_t i = 0; i < m; ++i) {
-    const float scale = x_scale[i] * w_scale;
-    for (int64_t n = 0; n < n_count; ++n)
-      store_output(acc[i * acc_stride + n], scale, y + i * y_stride + n);
+// y[n] from acc[n] - correction for n < n_count; w_scale holds n_count values or one; residual may
+// be null.
+template <typename X>
+void scale_row(const int32_t* acc, int64_t n_count, int32_t correction, float x_scale,
+               const float* w_scale, bool scale_per_row, const X* residual, X* y) {
+  for (int64_t n = 0; n < n_count; ++n) {
+    const float scale = x_scale * w_scale[scale_per_row ? n : 0];
+    float value = static_cast<float>(acc[n] - correction) * scale;
+    if (residual != nullptr) value += widen(residual[n]);
+    store_output(value, y + n);
   }
+}
+
+// int32 results are the sums as they are.
+inline void scale_row(const int32_t* acc, int64_t n_count, int32_t correction, float /*x_scale*/,
+                      const float* /*w_scale*/, bool /*scale_per_row*/, const int8_t* /*residual*/,
+                      int32_t* y) {
+  for (int64_t n = 0; n < n_count; ++n) y[n] = acc[n] - correction;
 }
 
 }  // namespace bitjax

@@ -1,11 +1,17 @@
-// The XLA custom calls: they check every operand, cut the work into chunks, and call the active
-// kernel. Names of dimensions: M rows of activations, K inputs, N outputs, KB = ceil(K/16),
-// NB = ceil(N/16), "..." = leading dimensions.
+// The custom calls of the packed product: they check every operand, cut the work into chunks, and
+// call the active kernel. Names of dimensions: M rows of activations, K inputs, N outputs, KB and NB
+// = blocks of inputs and of rows, KG = groups of inputs, "..." = leading dimensions.
 //
-//   bitjax_ternary_matmul
-//     x f32|bf16 [..., M, K], codes u8 [..., NB, KB, 64], w_scale f32 [...] -> y as x [..., M, N]
-//   bitjax_ternary_matmul_i32
-//     q s8 [..., M, K], codes u8 [..., NB, KB, 64] -> y s32 [..., M, N]
+//   bitjax_packed_matmul {layout: s64, gate: s64, eps: f32}
+//     x f32|bf16     [..., M, K], or [..., M, 2K] with a gate
+//     codes u8       [..., NB, KB, 64]
+//     multipliers u8 [..., NB, KG, 16] for int4, ignored otherwise
+//     w_scale f32    [..., 1] or [..., N]
+//     norm f32       [..., K], or [..., 0]: no norm
+//     residual as x  [..., M, N], or [..., M, 0]: none
+//     -> y as x      [..., M, N] = quantise(norm(gate(x))) W^T, scaled, plus residual
+//   bitjax_packed_matmul_i32 {layout: s64}
+//     q s8 [..., M, K], codes, multipliers -> y s32 [..., M, N]
 //
 // Every operand has the same number of leading dimensions, and a 1 among them broadcasts, as in
 // NumPy. kernel.h has the arithmetic, packed_format.h the codes.
@@ -13,7 +19,10 @@
 #include "handlers.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <initializer_list>
+#include <limits>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -41,9 +50,18 @@ constexpr int64_t kSerialWork = int64_t{1} << 20;
 // Multiply-adds in a chunk, at least: 1-2 us of a VNNI core, a hundred times an atomic claim.
 constexpr int64_t kChunkWork = int64_t{1} << 18;
 
-// Activation rows in a chunk, at most: a row block's codes are fetched once for eight tiles of
-// rows, which hides the fetch; more would only coarsen the chunks.
-constexpr int64_t kChunkRows = 8 * kMaxTileRows;
+// Activation rows in a chunk, at most, when there are many: its sums are 32 KiB with the widest
+// panel, and unpacking the panel, some 5 cycles a block, is a hundredth of the products.
+constexpr int64_t kChunkRows = 128;
+
+// Inputs of an unpacked panel: 32 KiB with the widest, which then stays in the first-level cache
+// (48 KiB on Zen 5 and Intel's, 32 KiB on Zen 4) or close to it while all rows pass.
+constexpr int64_t kPanelInputs = 512;
+
+// Activations whose sum is kept, for int4.
+constexpr int64_t kGroupInputs =
+    spec(Layout::kInt4).group_blocks * spec(Layout::kInt4).block_inputs();
+static_assert(kRowPadding % kGroupInputs == 0, "rows are padded to whole groups");
 
 // Activation values quantised in one go, at least: some 5 us.
 constexpr int64_t kQuantiseWork = int64_t{1} << 15;
@@ -61,23 +79,33 @@ std::invalid_argument wrong(const char* what, const std::string& wanted, const s
   return std::invalid_argument(std::string(what) + ": wanted " + wanted + ", got " + got);
 }
 
-// One product of M consecutive rows with one weight tensor.
+// An operand's leading dimensions and the number of its values after them; no values: it is absent.
+struct Operand {
+  Dims lead;
+  int64_t values = 0;
+};
+
+// One product of M consecutive rows. Offsets count each operand's trailing values.
 struct Item {
-  int64_t x_row;    // first row among all rows of x
-  int64_t codes;    // number of the weight tensor
-  int64_t w_scale;  // number of the scale
-  int64_t y_row;
+  int64_t x, codes, multipliers, w_scale, norm, residual, y;
 };
 
 struct Plan {
+  Layout layout = Layout::kTernary2;
+  Gate gate = Gate::kNone;
+  float eps = 0;
   int64_t m = 0, k = 0, n = 0;  // of one item
   int64_t input_blocks = 0, row_blocks = 0;
   int64_t x_rows = 0;  // all rows of x
+  bool scale_per_row = false, has_norm = false, has_residual = false;
   std::vector<Item> items;
 
-  int64_t k_padded() const { return input_blocks * kBlockInputs; }
-  int64_t codes_bytes() const { return row_blocks * input_blocks * kBlockBytes; }
-  int64_t item_work() const { return m * row_blocks * kBlockRows * k_padded(); }
+  int64_t k_padded() const { return padded_inputs(layout, k); }
+  int64_t x_width() const { return gate == Gate::kNone ? k : 2 * k; }
+  int64_t block_work() const {  // multiply-adds of one activation row with a row block
+    return kBlockRows * input_blocks * spec(layout).block_inputs();
+  }
+  int64_t group_stride() const { return (k_padded() + kGroupInputs - 1) / kGroupInputs; }
 };
 
 int64_t product(Dims dims, size_t count) {
@@ -87,121 +115,222 @@ int64_t product(Dims dims, size_t count) {
 }
 
 // Enumerates the first `lead` dimensions of y, which the operands broadcast to. Trailing ones that
-// only x has are folded into M, so that all its rows share a pass over the weights.
-void add_items(Dims x, Dims codes, Dims scale, bool has_scale, Dims y, size_t lead, Plan& plan) {
-  const auto scale_size = [&](size_t d) { return has_scale ? scale[d] : 1; };
-  while (lead > 0 && codes[lead - 1] == 1 && scale_size(lead - 1) == 1) plan.m *= x[--lead];
+// only rows of activations have are folded into M, so that all rows share a pass over the weights.
+void add_items(const Operand (&operands)[6], Dims y, size_t lead, Plan& plan) {
+  const auto size = [&](size_t o, size_t d) {
+    return operands[o].values == 0 ? int64_t{1} : operands[o].lead[d];
+  };
+  const auto only_rows = [&](size_t d) {
+    return size(1, d) == 1 && size(2, d) == 1 && size(3, d) == 1 && size(4, d) == 1 &&
+           (!plan.has_residual || size(5, d) == y[d]) && size(0, d) == y[d];
+  };
+  int64_t rows = plan.m;
+  while (lead > 0 && only_rows(lead - 1)) rows *= y[--lead];
 
   const int64_t count = product(y, lead);
+  const int64_t step[6] = {rows, 1, 1, 1, 1, rows};
   plan.items.reserve(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; ++i) {
-    Item item{0, 0, 0, i * plan.m};
+    int64_t at[6] = {};
+    int64_t stride[6];
+    std::copy_n(step, 6, stride);
     int64_t rest = i;
-    int64_t x_step = plan.m;
-    int64_t codes_step = 1;
-    int64_t scale_step = 1;
     for (size_t d = lead; d-- > 0;) {
-      const int64_t at = rest % y[d];
+      const int64_t index = rest % y[d];
       rest /= y[d];
-      item.x_row += x[d] == 1 ? 0 : at * x_step;
-      item.codes += codes[d] == 1 ? 0 : at * codes_step;
-      item.w_scale += scale_size(d) == 1 ? 0 : at * scale_step;
-      x_step *= x[d];
-      codes_step *= codes[d];
-      scale_step *= scale_size(d);
+      for (size_t o = 0; o < 6; ++o) {
+        if (size(o, d) != 1) at[o] += index * stride[o];
+        stride[o] *= size(o, d);
+      }
     }
-    plan.items.push_back(item);
+    plan.items.push_back({at[0], at[1], at[2], at[3], at[4], at[5], i * rows});
   }
+  plan.m = rows;
 }
 
-Plan make_plan(Dims x, Dims codes, Dims scale, bool has_scale, Dims y) {
-  if (x.size() < 2) throw wrong("x", "[..., M, K]", text(x));
-  const size_t lead = x.size() - 2;
-  const auto with_lead = [&](const char* dims) {
-    return dims + (" with " + std::to_string(lead)) + " leading dimensions, as x has";
-  };
-  if (y.size() != lead + 2) throw wrong("result", with_lead("[..., M, N]"), text(y));
-  if (codes.size() != lead + 3) throw wrong("codes", with_lead("[..., NB, KB, 64]"), text(codes));
-  if (has_scale && scale.size() != lead) throw wrong("w_scale", with_lead("[...]"), text(scale));
+struct Operands {
+  Dims x, codes, multipliers, w_scale, norm, residual;
+};
 
-  Plan plan;
-  plan.m = x[lead];
-  plan.k = x[lead + 1];
-  plan.n = y[lead + 1];
-  plan.row_blocks = blocks_of(plan.n);
-  plan.input_blocks = blocks_of(plan.k);
-  plan.x_rows = product(x, lead + 1);
-  if (plan.k > kMaxInputs) throw wrong("x", "K <= " + std::to_string(kMaxInputs), text(x));
-  if (y[lead] != plan.m) throw wrong("result", "M = " + std::to_string(plan.m), text(y));
-  if (codes[lead] != plan.row_blocks || codes[lead + 1] != plan.input_blocks ||
-      codes[lead + 2] != kBlockBytes) {
-    const std::string wanted =
-        "[..., " + std::to_string(plan.row_blocks) + ", " + std::to_string(plan.input_blocks) +
-        ", 64] for K = " + std::to_string(plan.k) + " and N = " + std::to_string(plan.n);
-    throw wrong("codes", wanted, text(codes));
+void require_last(const char* what, Dims dims, std::initializer_list<int64_t> last, size_t lead) {
+  bool ok = dims.size() == lead + last.size();
+  size_t d = lead;
+  std::string wanted = "[" + std::string(lead > 0 ? "..., " : "");
+  for (const int64_t size : last) {
+    ok = ok && dims[d] == size;
+    wanted += (d == lead ? "" : ", ") + std::to_string(size);
+    ++d;
   }
+  if (!ok)
+    throw wrong(what, wanted + "] with " + std::to_string(lead) + " leading dimensions, as x has",
+                text(dims));
+}
+
+Plan make_plan(Layout layout, Gate gate, float eps, const Operands& in, Dims y) {
+  if (in.x.size() < 2) throw wrong("x", "[..., M, K]", text(in.x));
+  const size_t lead = in.x.size() - 2;
+  if (y.size() != lead + 2 || y[lead] != in.x[lead])
+    throw wrong("result", "[..., M, N] with the M and the number of dimensions of x", text(y));
+  Plan plan;
+  plan.layout = layout;
+  plan.gate = gate;
+  plan.eps = eps;
+  plan.m = in.x[lead];
+  plan.k = in.x[lead + 1];
+  plan.n = y[lead + 1];
+  if (gate != Gate::kNone) {
+    if (plan.k % 2 != 0) throw wrong("x", "an even last dimension, gate and up", text(in.x));
+    plan.k /= 2;
+  }
+  plan.row_blocks = row_blocks_of(plan.n);
+  plan.input_blocks = input_blocks_of(layout, plan.k);
+  plan.x_rows = product(in.x, lead + 1);
+  const int64_t largest = max_inputs(layout);
+  if (plan.k > largest) throw wrong("x", "K <= " + std::to_string(largest), text(in.x));
+  require_last("codes", in.codes, {plan.row_blocks, plan.input_blocks, kBlockBytes}, lead);
+  const int group_blocks = spec(layout).group_blocks;
+  if (group_blocks != 0) {
+    require_last("multipliers", in.multipliers,
+                 {plan.row_blocks, plan.input_blocks / group_blocks, kBlockRows}, lead);
+  }
+  plan.scale_per_row = in.w_scale.size() == lead + 1 && in.w_scale[lead] != 1;
+  require_last("w_scale", in.w_scale, {plan.scale_per_row ? plan.n : 1}, lead);
+  plan.has_norm = in.norm.size() == lead + 1 && in.norm[lead] != 0;
+  require_last("norm", in.norm, {plan.has_norm ? plan.k : 0}, lead);
+  plan.has_residual = in.residual.size() == lead + 2 && in.residual[lead + 1] != 0;
+  require_last("residual", in.residual, {plan.m, plan.has_residual ? plan.n : 0}, lead);
+
+  const Operand operands[6] = {{in.x, 1},
+                               {in.codes, 1},
+                               {in.multipliers, group_blocks},
+                               {in.w_scale, 1},
+                               {in.norm, plan.has_norm},
+                               {in.residual, plan.has_residual}};
   for (size_t d = 0; d < lead; ++d) {
-    const int64_t sizes[] = {x[d], codes[d], has_scale ? scale[d] : 1};
     bool fits = true;
     bool reached = false;
-    for (const int64_t size : sizes) {
+    for (const Operand& operand : operands) {
+      const int64_t size = operand.values == 0 ? 1 : operand.lead[d];
       fits &= size == 1 || size == y[d];
       reached |= size == y[d];
     }
     if (!fits || !reached)
-      throw wrong("result", "the leading dimensions that x, codes and w_scale broadcast to",
-                  text(y) + " for x " + text(x) + " and codes " + text(codes));
+      throw wrong("result", "the leading dimensions that the operands broadcast to",
+                  text(y) + " for x " + text(in.x) + " and codes " + text(in.codes));
   }
-  add_items(x, codes, scale, has_scale, y, lead, plan);
+  add_items(operands, y, lead, plan);
   return plan;
 }
 
 // ---- work --------------------------------------------------------------------------------------
 
-// All rows of x, quantised and padded.
-struct Activations {
-  std::unique_ptr<int8_t[]> q;       // [x_rows][k_padded]
-  std::unique_ptr<float[]> scale;    // [x_rows]
-  std::unique_ptr<int32_t[]> q_sum;  // [x_rows]
-
-  explicit Activations(const Plan& plan)
-      : q(new int8_t[static_cast<size_t>(plan.x_rows * plan.k_padded())]),
-        scale(new float[static_cast<size_t>(plan.x_rows)]),
-        q_sum(new int32_t[static_cast<size_t>(plan.x_rows)]) {}
+// The operands' values; absent ones are null.
+template <typename X, typename Y>
+struct Data {
+  const X* x = nullptr;
+  const uint8_t* codes = nullptr;
+  const uint8_t* multipliers = nullptr;
+  const float* w_scale = nullptr;
+  const float* norm = nullptr;
+  const X* residual = nullptr;
+  Y* y = nullptr;
 };
 
-void prepare_row(const Kernel& kernel, const float* x, int64_t k, int64_t k_padded, int8_t* q,
-                 float* scale, int32_t* q_sum) {
-  kernel.quantize_f32(x, k, k_padded, q, scale, q_sum);
+// All rows of x, quantised and padded, and the sums of their groups of 32 values. A row's sum is
+// that of its groups.
+struct Activations {
+  std::unique_ptr<int8_t[]> q;             // [rows][k_padded]
+  std::unique_ptr<float[]> scale;          // [rows]
+  std::unique_ptr<int32_t[]> group_sums;   // [rows][group_stride]
+  std::unique_ptr<int32_t[]> sum;          // [rows]
+  std::atomic<bool> failed{false};         // memory ran out on some thread
+
+  Activations(const Plan& plan, int64_t rows)
+      : q(new int8_t[static_cast<size_t>(rows * plan.k_padded())]),
+        scale(new float[static_cast<size_t>(rows)]),
+        group_sums(new int32_t[static_cast<size_t>(rows * plan.group_stride())]),
+        sum(new int32_t[static_cast<size_t>(rows)]) {}
+};
+
+void quantise(const Kernel& kernel, const float* x, int64_t k, int64_t k_padded, int8_t* q,
+              float* scale) {
+  kernel.quantize_f32(x, k, k_padded, q, scale);
 }
 
-void prepare_row(const Kernel& kernel, const uint16_t* bf16, int64_t k, int64_t k_padded, int8_t* q,
-                 float* scale, int32_t* q_sum) {
-  kernel.quantize_bf16(bf16, k, k_padded, q, scale, q_sum);
+void quantise(const Kernel& kernel, const uint16_t* bf16, int64_t k, int64_t k_padded, int8_t* q,
+              float* scale) {
+  kernel.quantize_bf16(bf16, k, k_padded, q, scale);
 }
 
-void prepare_row(const Kernel& /*kernel*/, const int8_t* x, int64_t k, int64_t k_padded, int8_t* q,
-                 float* scale, int32_t* q_sum) {
+void quantise(const Kernel& /*kernel*/, const int8_t* x, int64_t k, int64_t k_padded, int8_t* q,
+              float* scale) {
   std::copy_n(x, k, q);
   std::fill(q + k, q + k_padded, int8_t{0});
-  int32_t sum = 0;
-  for (int64_t i = 0; i < k; ++i) sum += x[i];
-  *q_sum = sum;
   *scale = 1.0F;
 }
 
-template <typename X, typename Pool>
-void prepare(const Kernel& kernel, const Plan& plan, const X* x, bool serial, Pool& pool,
-             Activations& a) {
+// Gate, norm and quantisation of one row; `room` holds 3 k floats.
+template <typename X>
+void prepare_row(const Kernel& kernel, const Plan& plan, const X* x, const float* norm, float* room,
+                 int8_t* q, float* scale) {
+  const int64_t k = plan.k;
+  if constexpr (!std::is_same_v<X, int8_t>) {
+    if (plan.gate != Gate::kNone || norm != nullptr) {
+      const float* row = room;
+      if constexpr (std::is_same_v<X, float>) {
+        row = x;
+      } else {
+        for (int64_t i = 0; i < plan.x_width(); ++i) room[i] = widen(x[i]);
+      }
+      float* result = room + 2 * k;
+      if (plan.gate != Gate::kNone) {
+        (plan.gate == Gate::kRelu2 ? kernel.relu2_gate : kernel.silu_gate)(row, k, result);
+        row = result;
+      }
+      if (norm != nullptr) {
+        kernel.rms_norm(row, k, norm, plan.eps, result);
+        row = result;
+      }
+      return kernel.quantize_f32(row, k, plan.k_padded(), q, scale);
+    }
+  }
+  quantise(kernel, x, k, plan.k_padded(), q, scale);
+}
+
+template <typename X, typename Y, typename Pool>
+void prepare(const Kernel& kernel, const Plan& plan, const Data<X, Y>& data, bool serial,
+             Pool& pool, Activations& a) {
+  // Rows are counted item after item: items that share x but not their norm quantise it anew.
+  const int64_t rows = static_cast<int64_t>(plan.items.size()) * plan.m;
   const int64_t rows_per_chunk =
-      serial ? plan.x_rows : std::max<int64_t>(1, kQuantiseWork / std::max<int64_t>(1, plan.k));
+      serial ? rows : std::max<int64_t>(1, kQuantiseWork / std::max<int64_t>(1, plan.k));
+  const bool needs_room = plan.gate != Gate::kNone || plan.has_norm;
   const auto body = [&](int64_t chunk) {
-    const int64_t end = std::min(plan.x_rows, (chunk + 1) * rows_per_chunk);
-    for (int64_t r = chunk * rows_per_chunk; r < end; ++r)
-      prepare_row(kernel, x + r * plan.k, plan.k, plan.k_padded(), &a.q[r * plan.k_padded()],
-                  &a.scale[r], &a.q_sum[r]);
+    const std::unique_ptr<float[]> room(
+        needs_room ? new (std::nothrow) float[static_cast<size_t>(3 * plan.k)] : nullptr);
+    const int64_t end = std::min(rows, (chunk + 1) * rows_per_chunk);
+    for (int64_t r = chunk * rows_per_chunk; r < end; ++r) {
+      const Item& item = plan.items[static_cast<size_t>(r / plan.m)];
+      int8_t* q = &a.q[r * plan.k_padded()];
+      if (needs_room && room == nullptr) {  // no exception may leave a pool's thread
+        std::fill(q, q + plan.k_padded(), int8_t{0});
+        a.scale[r] = std::numeric_limits<float>::quiet_NaN();
+        a.failed = true;
+      } else {
+        prepare_row(kernel, plan, data.x + (item.x + r % plan.m) * plan.x_width(),
+                    plan.has_norm ? data.norm + item.norm * plan.k : nullptr, room.get(), q,
+                    &a.scale[r]);
+      }
+      a.sum[r] = 0;
+      for (int64_t g = 0; g < plan.group_stride(); ++g) {
+        int32_t sum = 0;
+        for (int64_t i = 0; i < kGroupInputs; ++i) sum += q[g * kGroupInputs + i];
+        a.group_sums[r * plan.group_stride() + g] = sum;
+        a.sum[r] += sum;
+      }
+    }
   };
-  parallel_for(pool, (plan.x_rows + rows_per_chunk - 1) / rows_per_chunk, body);
+  parallel_for(pool, (rows + rows_per_chunk - 1) / rows_per_chunk, body);
 }
 
 // Rows [row, row_end) of an item with row blocks [block, block_end).
@@ -209,57 +338,127 @@ struct Chunk {
   int64_t row, row_end, block, block_end;
 };
 
-template <typename Y>
-void multiply(const Kernel& kernel, const Plan& plan, const Item& item, const Chunk& chunk,
-              const Activations& a, const uint8_t* codes, float w_scale, Y* y) {
-  int32_t acc[kMaxTileRows * kMaxTileBlocks * kBlockRows];
-  for (int64_t nb = chunk.block; nb < chunk.block_end; nb += kMaxTileBlocks) {
-    const int blocks = static_cast<int>(std::min<int64_t>(kMaxTileBlocks, chunk.block_end - nb));
-    const int64_t col = nb * kBlockRows;
+template <typename X, typename Y>
+struct Product {
+  const Kernel& kernel;
+  const Plan& plan;
+  const Data<X, Y>& data;
+  const Activations& a;
+
+  PackedRows weights(const Item& item, int64_t block, int64_t blocks) const {
+    const int group_blocks = spec(plan.layout).group_blocks;
+    const int64_t first = item.codes * plan.row_blocks + block;
+    const int64_t groups = group_blocks == 0 ? 0 : plan.input_blocks / group_blocks;
+    const int64_t first_multiplied = item.multipliers * plan.row_blocks + block;
+    return {data.codes + first * plan.input_blocks * kBlockBytes,
+            data.multipliers == nullptr ? nullptr
+                                        : data.multipliers + first_multiplied * groups * kBlockRows,
+            plan.input_blocks, static_cast<int>(blocks)};
+  }
+
+  // Scales acc [m][acc_stride] of rows from `row` and columns from `block` into y.
+  void finish(int64_t item_index, int64_t row, int64_t m, int64_t block, int64_t blocks,
+              int32_t offset, const int32_t* acc, int64_t acc_stride) const {
+    const Item& item = plan.items[static_cast<size_t>(item_index)];
+    const int64_t col = block * kBlockRows;
     const int64_t cols = std::min<int64_t>(blocks * kBlockRows, plan.n - col);
-    for (int64_t row = chunk.row; row < chunk.row_end; row += kMaxTileRows) {
-      const int m = static_cast<int>(std::min<int64_t>(kMaxTileRows, chunk.row_end - row));
-      const int64_t x_row = item.x_row + row;
-      kernel.tile_product(codes + nb * plan.input_blocks * kBlockBytes, plan.input_blocks, blocks,
-                          &a.q[x_row * plan.k_padded()], plan.k_padded(), &a.q_sum[x_row], m, acc);
-      scale_tile(acc, blocks * kBlockRows, m, cols, &a.scale[x_row], w_scale,
-                 y + (item.y_row + row) * plan.n + col, plan.n);
+    const float one = 1.0F;
+    const float* scale = data.w_scale == nullptr ? &one
+                         : plan.scale_per_row    ? data.w_scale + item.w_scale * plan.n + col
+                                                 : data.w_scale + item.w_scale;
+    for (int64_t i = 0; i < m; ++i) {
+      const int64_t r = item_index * plan.m + row + i;
+      const X* residual =
+          plan.has_residual ? data.residual + (item.residual + row + i) * plan.n + col : nullptr;
+      scale_row(acc + i * acc_stride, cols, offset * a.sum[r], a.scale[r], scale,
+                plan.scale_per_row, residual, data.y + (item.y + row + i) * plan.n + col);
     }
   }
-}
+
+  void few_rows(int64_t item, const Chunk& chunk) const {
+    constexpr int64_t kTileBlocks = 8;  // 4 rows * 128 outputs * 4 bytes = 2 KiB of sums
+    int32_t acc[kFewRows * kTileBlocks * kBlockRows];
+    const int64_t first = item * plan.m + chunk.row;
+    const int m = static_cast<int>(chunk.row_end - chunk.row);
+    const FewActivations rows{&a.q[first * plan.k_padded()], plan.k_padded(),
+                              &a.group_sums[first * plan.group_stride()], plan.group_stride(), m};
+    for (int64_t nb = chunk.block; nb < chunk.block_end; nb += kTileBlocks) {
+      const int64_t blocks = std::min(kTileBlocks, chunk.block_end - nb);
+      kernel.few_rows[static_cast<int>(plan.layout)](
+          weights(plan.items[static_cast<size_t>(item)], nb, blocks), rows, acc,
+          blocks * kBlockRows);
+      finish(item, chunk.row, m, nb, blocks, few_rows_offset(plan.layout), acc,
+             blocks * kBlockRows);
+    }
+  }
+
+  // At most kChunkRows rows and panel_blocks row blocks.
+  void many_rows(int64_t item, const Chunk& chunk) const {
+    alignas(64) uint8_t panel[kPanelInputs * kMaxPanelBlocks * kBlockRows];
+    alignas(64) int32_t acc[kChunkRows * kMaxPanelBlocks * kBlockRows];
+    const int64_t columns = kernel.panel_blocks * kBlockRows;
+    const int64_t m = chunk.row_end - chunk.row;
+    const int64_t blocks = chunk.block_end - chunk.block;
+    const PackedRows rows = weights(plan.items[static_cast<size_t>(item)], chunk.block, blocks);
+    const int8_t* q = &a.q[(item * plan.m + chunk.row) * plan.k_padded()];
+    const int inputs = spec(plan.layout).block_inputs();
+    const int64_t span = kPanelInputs / inputs;
+    const PanelProduct multiply = spec(plan.layout).offset == 1 ? kernel.ternary_panel
+                                                               : kernel.byte_panel;
+    // Tiles of equal height, for a short last tile would leave the multipliers waiting.
+    const int64_t tiles = (m + kernel.tile_rows - 1) / kernel.tile_rows;
+    std::memset(acc, 0, static_cast<size_t>(m * columns) * sizeof(int32_t));
+    if (blocks < kernel.panel_blocks) std::memset(panel, 0, sizeof panel);
+    for (int64_t kb = 0; kb < plan.input_blocks; kb += span) {
+      const int64_t end = std::min(plan.input_blocks, kb + span);
+      kernel.unpack_panel[static_cast<int>(plan.layout)](rows, kb, end, panel);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t row = m * t / tiles;
+        multiply(panel, (end - kb) * inputs / kLaneBytes, q + row * plan.k_padded() + kb * inputs,
+                 plan.k_padded(), static_cast<int>(m * (t + 1) / tiles - row), acc + row * columns);
+      }
+    }
+    finish(item, chunk.row, m, chunk.block, blocks, panel_offset(plan.layout), acc, columns);
+  }
+};
 
 template <typename X, typename Y>
-void run(ffi::ThreadPool pool, const Plan& plan, const X* x, const uint8_t* codes,
-         const float* w_scale, Y* y) {
+void run(ffi::ThreadPool pool, const Plan& plan, const Data<X, Y>& data) {
   const Kernel& kernel = active_kernel();
   count_call(kernel);
   const int64_t items = static_cast<int64_t>(plan.items.size());
   if (items == 0 || plan.m == 0 || plan.n == 0) return;
 
-  const bool serial = items * plan.item_work() <= kSerialWork;
-  Activations a(plan);
-  prepare(kernel, plan, x, serial, pool, a);
+  const int64_t work = items * plan.m * plan.row_blocks * plan.block_work();
+  const bool serial = work <= kSerialWork;
+  Activations a(plan, items * plan.m);
+  prepare(kernel, plan, data, serial, pool, a);
+  if (a.failed) throw std::bad_alloc();
 
   // Consecutive chunks share their row blocks, so that threads meet the same codes in the cache.
-  const int64_t chunk_rows = serial ? plan.m : std::min(plan.m, kChunkRows);
-  const int64_t block_work = std::max<int64_t>(1, chunk_rows * kBlockRows * plan.k_padded());
+  const bool few = plan.m <= kFewRows;
+  const int64_t chunk_rows = std::min(plan.m, few ? kFewRows : kChunkRows);
   const int64_t chunk_blocks =
-      serial ? plan.row_blocks : (kChunkWork + block_work - 1) / block_work;
+      !few     ? kernel.panel_blocks
+      : serial ? plan.row_blocks
+               : std::max<int64_t>(1, kChunkWork / std::max<int64_t>(1, plan.m * plan.block_work()));
   const int64_t row_chunks = (plan.m + chunk_rows - 1) / chunk_rows;
   const int64_t block_chunks = (plan.row_blocks + chunk_blocks - 1) / chunk_blocks;
   const int64_t item_chunks = row_chunks * block_chunks;
-  const auto body = [&](int64_t chunk) {
-    const Item& item = plan.items[static_cast<size_t>(chunk / item_chunks)];
-    const int64_t row = chunk % item_chunks % row_chunks * chunk_rows;
-    const int64_t block = chunk % item_chunks / row_chunks * chunk_blocks;
-    multiply(kernel, plan, item,
-             {row, std::min(plan.m, row + chunk_rows), block,
-              std::min(plan.row_blocks, block + chunk_blocks)},
-             a, codes + item.codes * plan.codes_bytes(),
-             w_scale == nullptr ? 1.0F : w_scale[item.w_scale], y);
+  const Product<X, Y> product{kernel, plan, data, a};
+  const auto body = [&](int64_t number) {
+    const int64_t row = number % item_chunks % row_chunks * chunk_rows;
+    const int64_t block = number % item_chunks / row_chunks * chunk_blocks;
+    const Chunk chunk{row, std::min(plan.m, row + chunk_rows), block,
+                      std::min(plan.row_blocks, block + chunk_blocks)};
+    if (few) {
+      product.few_rows(number / item_chunks, chunk);
+    } else {
+      product.many_rows(number / item_chunks, chunk);
+    }
   };
   if (serial) {
-    for (int64_t chunk = 0; chunk < items * item_chunks; ++chunk) body(chunk);
+    for (int64_t number = 0; number < items * item_chunks; ++number) body(number);
   } else {
     parallel_for(pool, items * item_chunks, body);
   }
@@ -307,60 +506,96 @@ T* data(const ffi::AnyBuffer& buffer) {
   return static_cast<T*>(buffer.untyped_data());
 }
 
-constexpr char kMatmul[] = "bitjax_ternary_matmul";
-constexpr char kMatmulI32[] = "bitjax_ternary_matmul_i32";
+constexpr char kMatmul[] = "bitjax_packed_matmul";
+constexpr char kMatmulI32[] = "bitjax_packed_matmul_i32";
 
-ffi::Error ternary_matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes,
-                          ffi::AnyBuffer w_scale, ffi::Result<ffi::AnyBuffer> y) {
+Layout layout_of(int64_t number) {
+  if (number < 0 || number >= kLayoutCount)
+    throw wrong("layout", "0.." + std::to_string(kLayoutCount - 1), std::to_string(number));
+  return static_cast<Layout>(number);
+}
+
+Gate gate_of(int64_t number) {
+  if (number < 0 || number > 2) throw wrong("gate", "0..2", std::to_string(number));
+  return static_cast<Gate>(number);
+}
+
+template <typename T>
+void run_float(ffi::ThreadPool pool, const Plan& plan, ffi::AnyBuffer x, ffi::AnyBuffer codes,
+               ffi::AnyBuffer multipliers, ffi::AnyBuffer w_scale, ffi::AnyBuffer norm,
+               ffi::AnyBuffer residual, ffi::AnyBuffer y) {
+  run(pool, plan,
+      Data<T, T>{data<T>(x), data<uint8_t>(codes), data<uint8_t>(multipliers), data<float>(w_scale),
+                 data<float>(norm), data<T>(residual), data<T>(y)});
+}
+
+ffi::Error packed_matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes,
+                         ffi::AnyBuffer multipliers, ffi::AnyBuffer w_scale, ffi::AnyBuffer norm,
+                         ffi::AnyBuffer residual, ffi::Result<ffi::AnyBuffer> y, int64_t layout,
+                         int64_t gate, float eps) {
   return guarded(kMatmul, [&] {
     const bool bf16 = x.element_type() == ffi::DataType::BF16;
     if (!bf16 && x.element_type() != ffi::DataType::F32)
       throw wrong("x", "f32 or bf16", text(x.element_type()));
     require_type(codes, ffi::DataType::U8, "codes");
+    require_type(multipliers, ffi::DataType::U8, "multipliers");
     require_type(w_scale, ffi::DataType::F32, "w_scale");
+    require_type(norm, ffi::DataType::F32, "norm");
+    require_type(residual, x.element_type(), "residual");
     require_type(*y, x.element_type(), "result");
     const Plan plan =
-        make_plan(x.dimensions(), codes.dimensions(), w_scale.dimensions(), true, y->dimensions());
-    if (bf16) {
-      run(pool, plan, data<uint16_t>(x), data<uint8_t>(codes), data<float>(w_scale),
-          data<uint16_t>(*y));
-    } else {
-      run(pool, plan, data<float>(x), data<uint8_t>(codes), data<float>(w_scale), data<float>(*y));
-    }
+        make_plan(layout_of(layout), gate_of(gate), eps,
+                  {x.dimensions(), codes.dimensions(), multipliers.dimensions(),
+                   w_scale.dimensions(), norm.dimensions(), residual.dimensions()},
+                  y->dimensions());
+    (bf16 ? run_float<uint16_t> : run_float<float>)(pool, plan, x, codes, multipliers, w_scale,
+                                                    norm, residual, *y);
   });
 }
 
-ffi::Error ternary_matmul_i32(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer codes,
-                              ffi::Result<ffi::AnyBuffer> y) {
+ffi::Error packed_matmul_i32(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer codes,
+                             ffi::AnyBuffer multipliers, ffi::AnyBuffer w_scale,
+                             ffi::AnyBuffer norm, ffi::AnyBuffer residual,
+                             ffi::Result<ffi::AnyBuffer> y, int64_t layout) {
   return guarded(kMatmulI32, [&] {
     require_type(q, ffi::DataType::S8, "x");
     require_type(codes, ffi::DataType::U8, "codes");
+    require_type(multipliers, ffi::DataType::U8, "multipliers");
     require_type(*y, ffi::DataType::S32, "result");
-    const Plan plan = make_plan(q.dimensions(), codes.dimensions(), Dims(), false, y->dimensions());
-    run(pool, plan, data<int8_t>(q), data<uint8_t>(codes), nullptr, data<int32_t>(*y));
+    Plan plan = make_plan(layout_of(layout), Gate::kNone, 0,
+                          {q.dimensions(), codes.dimensions(), multipliers.dimensions(),
+                           w_scale.dimensions(), norm.dimensions(), residual.dimensions()},
+                          y->dimensions());
+    run(pool, plan,
+        Data<int8_t, int32_t>{data<int8_t>(q), data<uint8_t>(codes), data<uint8_t>(multipliers),
+                              nullptr, nullptr, nullptr, data<int32_t>(*y)});
   });
 }
 
-XLA_FFI_DEFINE_HANDLER(ternary_matmul_handler, ternary_matmul,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<ffi::AnyBuffer>()    // x
-                           .Arg<ffi::AnyBuffer>()    // codes
-                           .Arg<ffi::AnyBuffer>()    // w_scale
-                           .Ret<ffi::AnyBuffer>());  // y
+#define BITJAX_OPERANDS                                                          \
+  Ctx<ffi::ThreadPool>()                                                         \
+      .Arg<ffi::AnyBuffer>()  /* x */                                            \
+      .Arg<ffi::AnyBuffer>()  /* codes */                                        \
+      .Arg<ffi::AnyBuffer>()  /* multipliers */                                  \
+      .Arg<ffi::AnyBuffer>()  /* w_scale */                                      \
+      .Arg<ffi::AnyBuffer>()  /* norm */                                         \
+      .Arg<ffi::AnyBuffer>()  /* residual */                                     \
+      .Ret<ffi::AnyBuffer>()  /* y */                                            \
+      .Attr<int64_t>("layout")
 
-XLA_FFI_DEFINE_HANDLER(ternary_matmul_i32_handler, ternary_matmul_i32,
+XLA_FFI_DEFINE_HANDLER(packed_matmul_handler, packed_matmul,
                        ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<ffi::AnyBuffer>()    // x
-                           .Arg<ffi::AnyBuffer>()    // codes
-                           .Ret<ffi::AnyBuffer>());  // y
+                           .BITJAX_OPERANDS.Attr<int64_t>("gate")
+                           .Attr<float>("eps"));
+
+XLA_FFI_DEFINE_HANDLER(packed_matmul_i32_handler, packed_matmul_i32,
+                       ffi::Ffi::Bind().BITJAX_OPERANDS);
 
 }  // namespace
 
 const Registration kRegistrations[kRegistrationCount] = {
-    {kMatmul, ternary_matmul_handler},
-    {kMatmulI32, ternary_matmul_i32_handler},
+    {kMatmul, packed_matmul_handler},
+    {kMatmulI32, packed_matmul_i32_handler},
 };
 
 }  // namespace bitjax

@@ -4,9 +4,14 @@
 //   amax    = max(max_k |x_k|, 1e-5)
 //   q_k     = clip(round_half_even(x_k * (127 / amax)), -128, 127)      int8
 //   x_scale = amax * (1 / 127)                                           dequant(x) = q * x_scale
-// Product with packed weights of code c = w + 1 (packed_format.h):
-//   acc_n   = sum_k q_k * w_nk = sum_k q_k * c_nk - sum_k q_k            exact int32
+// Product with packed weights of code c = w + offset (packed_format.h):
+//   acc_n   = sum_k q_k * w_nk = sum_k q_k * c_nk - offset * sum_k q_k    exact int32
+// and for int4, whose groups g of 32 inputs have multipliers m_ng:
+//   acc_n   = sum_g m_ng * sum_{k in g} q_k * w_nk                        exact int32
 // The final scaling is not a kernel's business: epilogue.h does it once for all of them.
+//
+// Few rows of activations are multiplied with the packed codes as they stream by. For many rows a
+// panel of codes is unpacked once, to one byte a weight, and meets all rows from the cache.
 //
 // Kernels see raw pointers and sizes, allocate nothing, throw nothing, keep no state, and read and
 // write only the bytes named here. No pointer needs more than its element type's alignment.
@@ -19,19 +24,32 @@
 
 namespace bitjax {
 
-// Largest K. The tightest int32 accumulator holds plane 3 of the unshifted form, codes scaled by
-// 64: a block adds at most 4 * (3 * 64) * 128 = 98304 in magnitude (code 3 and activation -128
-// counted, so that even invalid bytes cannot wrap). 2^18 / 16 blocks * 98304 = 1.61e9 < 2^31.
-constexpr int64_t kMaxInputs = int64_t{1} << 18;
-static_assert(kMaxInputs / kBlockInputs * (kPlaneInputs * 3 * 64 * 128) < (int64_t{1} << 31),
-              "the unshifted plane accumulators must fit int32");
+// Largest K. Every int32 accumulator is exact for any int8 activations and any bytes as codes:
+//   ternary2 masked in place, scaled by 64:  4 * 192 * 128 an input block of 16    6144 an input
+//   ternary1.6, digit 4 scaled by 81:        4 * 162 * 128 an input block of 20    4148 an input
+//   int4, times multipliers up to 255:       8 * 128 * 255                       261120 an input
+//   int8:                                    255 * 128                            32640 an input
+// so 2^18 inputs of ternary (1.61e9 < 2^31), 2^16 of int8 (2.14e9 < 2^31). For int4 valid
+// multipliers are at most 15 (15360 an input), and valid weights at most 120 after multiplying.
+constexpr int64_t max_inputs(Layout layout) {
+  return layout == Layout::kTernary2 || layout == Layout::kTernary16 ? int64_t{1} << 18
+                                                                    : int64_t{1} << 16;
+}
+static_assert(max_inputs(Layout::kTernary2) * 6144 < (int64_t{1} << 31), "int32 suffices");
+static_assert(max_inputs(Layout::kInt8) * 32640 < (int64_t{1} << 31), "int32 suffices");
+static_assert(max_inputs(Layout::kInt4) * 15360 < (int64_t{1} << 31), "int32 suffices");
 
-// A tile's activation rows: 8 int32x16 accumulators, 4 decoded planes and a broadcast register fit
-// the 16 registers of AVX2 as well, and 8 independent chains hide a dot product's 4-5 cycles.
-constexpr int kMaxTileRows = 8;
+// Activation rows are padded with zeros to a multiple of this, which whole vectors of every
+// instruction set and whole input blocks of every layout then fit: see padded_inputs().
+constexpr int64_t kRowPadding = 64;
+constexpr int64_t padded_inputs(Layout layout, int64_t k) {
+  const int64_t inputs = input_blocks_of(layout, k) * spec(layout).block_inputs();
+  return (inputs + kRowPadding - 1) / kRowPadding * kRowPadding;
+}
 
-// A tile's weight row blocks: 8 rows * 128 outputs * 4 bytes = 4 KiB of results, which stay in L1.
-constexpr int kMaxTileBlocks = 8;
+// Rows of activations up to which codes are used as they stream by: beyond four, a product is
+// bound by arithmetic rather than by memory, and unpacking pays.
+constexpr int kFewRows = 4;
 
 // The activations' smallest amax and their quantisation range.
 constexpr float kMinAmax = 1e-5F;
@@ -39,27 +57,76 @@ constexpr float kQuantMax = 127.0F;
 // A product, not a division: XLA compiles the reference's division by a constant to this product.
 constexpr float kInverseQuantMax = 1.0F / kQuantMax;
 
-// Quantises x [k] to q [k_padded], writes zeros to q[k..k_padded), and returns x_scale and the sum
-// of q. k_padded is the multiple of 16 at or above k. A row that holds NaN or an infinity gets q =
-// 0 and x_scale = NaN, which makes every output of the row NaN.
+// Quantises x [k] to q [k_padded], writes zeros to q[k..k_padded), and returns x_scale. k_padded is
+// a multiple of kRowPadding, at least k. A row that holds NaN or an infinity gets q = 0 and x_scale = NaN,
+// which makes every output of the row NaN.
 template <typename T>
-using QuantizeRow = void (*)(const T* x, int64_t k, int64_t k_padded, int8_t* q, float* x_scale,
-                             int32_t* q_sum);
+using QuantizeRow = void (*)(const T* x, int64_t k, int64_t k_padded, int8_t* q, float* x_scale);
 
-// out[i * row_blocks*16 + n] = sum_k q[i * q_stride + k] * w[n][k], for i < m, n < row_blocks*16.
-//   codes   row_blocks * input_blocks blocks of 64 bytes, one row block after the other
-//   q       m rows of 16 * input_blocks activations, q_stride values apart
-//   q_sum   the sum of each row of q
-// 0 <= m <= kMaxTileRows, 0 <= row_blocks <= kMaxTileBlocks, 16 * input_blocks <= kMaxInputs.
-using TileProduct = void (*)(const uint8_t* codes, int64_t input_blocks, int row_blocks,
-                             const int8_t* q, int64_t q_stride, const int32_t* q_sum, int m,
-                             int32_t* out);
+// What may precede quantisation, in float32 (rows.h): a gate joins two halves of a row of 2k values
+// to k, a norm scales k values. Results need not be the same as XLA's to the last bit, but every
+// kernel gives the same.
+enum class Gate : int { kNone = 0, kRelu2 = 1, kSilu = 2 };
+using GateRow = void (*)(const float* x, int64_t k, float* y);
+using NormRow = void (*)(const float* x, int64_t k, const float* scale, float eps, float* y);
+
+// Packed rows: row_blocks consecutive row blocks of a matrix.
+struct PackedRows {
+  const uint8_t* codes;        // row_blocks * input_blocks blocks of 64 bytes
+  const uint8_t* multipliers;  // int4: row_blocks * input_blocks/4 groups of 16 bytes; else null
+  int64_t input_blocks;        // of a row block
+  int row_blocks;
+};
+
+// Activation rows for few_rows().
+struct FewActivations {
+  const int8_t* q;            // m rows of at least input_blocks * block_inputs values
+  int64_t q_stride;           // values from row to row
+  const int32_t* group_sums;  // int4: m rows of the sums of q over each group of 32; else unused
+  int64_t group_stride;
+  int m;                      // 1..kFewRows
+};
+
+// out[i * out_stride + n] = sum_k q[i][k] * (w_nk + few_rows_offset), for n < row_blocks*16, with
+// w_nk times its multiplier for int4.
+using FewRows = void (*)(const PackedRows& weights, const FewActivations& rows, int32_t* out,
+                         int64_t out_stride);
+constexpr int few_rows_offset(Layout layout) {
+  return layout == Layout::kInt4 ? 0 : spec(layout).offset;
+}
+
+// Unpacks input blocks [first, last) of the rows to bytes w * multiplier + panel_offset, for a panel
+// of `panel_blocks` row blocks:
+//   panel[((kb - first) * planes + s) * panel_blocks*64 + row*4 + j],   row < row_blocks*16
+// Rows of the panel beyond row_blocks are left as they are.
+using UnpackPanel = void (*)(const PackedRows& weights, int64_t first, int64_t last,
+                             uint8_t* panel);
+
+constexpr int panel_offset(Layout layout) {
+  return layout == Layout::kInt4 ? 128 : spec(layout).offset;
+}
+
+// Adds to acc[i * panel_blocks*16 + n] the sum over `groups` groups of four inputs g of
+// q[i*q_stride + 4g + j] * panel[g * panel_blocks*64 + n*4 + j], for i < m, 1 <= m <= tile_rows.
+// Panel bytes are at most 3 for the ternary form, any for the other.
+using PanelProduct = void (*)(const uint8_t* panel, int64_t groups, const int8_t* q,
+                              int64_t q_stride, int m, int32_t* acc);
+
+constexpr int kMaxPanelBlocks = 4;  // row blocks of a panel, at most; 1, 2 or 4
 
 struct Kernel {
   const char* name;
   QuantizeRow<float> quantize_f32;
   QuantizeRow<uint16_t> quantize_bf16;  // bfloat16 as its bits
-  TileProduct tile_product;
+  GateRow relu2_gate;
+  GateRow silu_gate;
+  NormRow rms_norm;
+  FewRows few_rows[kLayoutCount];
+  UnpackPanel unpack_panel[kLayoutCount];
+  PanelProduct ternary_panel;  // panel bytes of the ternary layouts
+  PanelProduct byte_panel;     // of int4 and int8
+  int panel_blocks;            // row blocks of a panel
+  int tile_rows;               // activation rows of a panel product, at most
 };
 
 // One for each file kernels_<name>.cc; which of them are linked is the build's choice.
@@ -67,6 +134,7 @@ Kernel scalar_kernel();
 Kernel avx2_kernel();
 Kernel avxvnni_kernel();
 Kernel avx512vnni_kernel();
+Kernel avx512vbmi_kernel();
 Kernel neon_kernel();
 
 }  // namespace bitjax

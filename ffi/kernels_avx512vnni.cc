@@ -1,27 +1,92 @@
-// AVX-512 F, BW, VL and VNNI: one 64-byte load a block, one lane for each output row.
+// AVX-512 F, BW, VL and VNNI, with VBMI when kernels_avx512vbmi.cc includes this file.
 //
-// Differs from the scalar kernel only in the order of exact integer sums. A few rows of activations
-// mask the planes in place: codes come out scaled by 1, 4, 16, 64, each plane has an accumulator,
-// and the sums are shifted back once at the end (exact, for they are multiples of the scale; the
-// bound is at kMaxInputs). More rows decode the planes once a block and use them for every row.
+// A vector is a whole block, a lane an output row. Differs from the scalar kernel only in the order
+// of exact integer sums.
 
 #include <immintrin.h>
 
-#include "kernel.h"
+#include "products.h"
 
 namespace bitjax {
 namespace {
 
 constexpr int kLanes = 16;
-static_assert(kLanes == kBlockRows, "a lane for each row of a block");
 
-__m512i broadcast4(const int8_t* q) {
-  int32_t group;
-  __builtin_memcpy(&group, q, sizeof group);
-  return _mm512_set1_epi32(group);
-}
+struct Avx512 {
+  using Bytes = __m512i;
+  using Sums = __m512i;
+  static constexpr int kLanes = 16;
+  // 6 rows x 4 vectors: 24 accumulators, 4 vectors of codes and a broadcast are 29 of 32 registers,
+  // and 10 loads serve 24 products, of which 2 start in a cycle.
+  static constexpr int kPanelBlocks = 4;
+  static constexpr int kTileVectors = 4;
+  static constexpr int kTileRows = 6;
+  static constexpr int stream_vectors(int) { return 1; }
+  static constexpr bool mask_in_place(int) { return true; }
+
+  static Bytes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static void store(uint8_t* p, Bytes b) { _mm512_storeu_si512(p, b); }
+  static Bytes splat(uint8_t b) { return _mm512_set1_epi8(static_cast<char>(b)); }
+  static Bytes land(Bytes a, Bytes b) { return _mm512_and_si512(a, b); }
+  static Bytes sub(Bytes a, Bytes b) { return _mm512_sub_epi8(a, b); }
+  static Bytes add_bytes(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
+  static Bytes umin(Bytes a, Bytes b) { return _mm512_min_epu8(a, b); }
+  template <int n>
+  static Bytes shr(Bytes a) {
+    return _mm512_srli_epi16(a, n);
+  }
+  static Bytes mul_bytes(Bytes a, Bytes b) {
+    const Bytes even = _mm512_mullo_epi16(a, b);
+    const Bytes odd = _mm512_mullo_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8));
+    return _mm512_mask_blend_epi8(0xAAAAAAAAAAAAAAAA, even, _mm512_slli_epi16(odd, 8));
+  }
+  static Bytes repeat_lane_bytes(const uint8_t* p) {
+    return _mm512_mullo_epi32(load_lane_bytes(p), _mm512_set1_epi32(0x01010101));
+  }
+
+  static Sums splat32(int32_t x) { return _mm512_set1_epi32(x); }
+  static Sums add(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
+  static Sums mul32(Sums a, Sums b) { return _mm512_mullo_epi32(a, b); }
+  template <int n>
+  static Sums sar(Sums a) {
+    return _mm512_srai_epi32(a, n);
+  }
+  static Sums load_sums(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static void store_sums(int32_t* p, Sums a) { _mm512_storeu_si512(p, a); }
+  static Sums load_lane_bytes(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+
+  template <int max_code>
+  struct Dot {
+    using Narrow = Sums;
+    static constexpr int64_t kSpan = int64_t{1} << 40;
+    static Narrow none() { return _mm512_setzero_si512(); }
+    static Narrow dot(Narrow acc, Bytes codes, int32_t group) {
+      // Not _mm512_dpbusd_epi32: GCC 12 copies its accumulator to another register and back.
+      asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(_mm512_set1_epi32(group)));
+      return acc;
+    }
+    static Sums widen(Sums acc, Narrow narrow) { return _mm512_add_epi32(acc, narrow); }
+  };
+
+#ifdef __AVX512VBMI__
+  static constexpr bool kHasTritTable = true;
+  static Bytes trit_fields(Bytes b) {
+    alignas(64) static constexpr TritFields kTable;
+    return _mm512_permutex2var_epi8(load(kTable.fields), b, load(kTable.fields + 64));
+  }
+#else
+  static constexpr bool kHasTritTable = false;
+  static Bytes trit_of_multiple(Bytes b) {
+    const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kNibbleTrits));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), b);
+  }
+#endif
+};
 
 __mmask16 first_lanes(int64_t n) {
+  if (n <= 0) return 0;
   return n >= kLanes ? 0xFFFF : static_cast<__mmask16>((1U << n) - 1U);
 }
 
@@ -33,8 +98,7 @@ __m512 load(const uint16_t* bf16, __mmask16 mask) {
 }
 
 template <typename T>
-void quantize_row(const T* x, int64_t k, int64_t k_padded, int8_t* q, float* x_scale,
-                  int32_t* q_sum) {
+void quantize_row(const T* x, int64_t k, int64_t k_padded, int8_t* q, float* x_scale) {
   // The bits of non-negative floats are ordered like the floats, with infinity and NaN on top.
   const __m512i magnitude_bits = _mm512_set1_epi32(0x7FFFFFFF);
   __m512i max_bits = _mm512_setzero_si512();
@@ -51,101 +115,24 @@ void quantize_row(const T* x, int64_t k, int64_t k_padded, int8_t* q, float* x_s
   // k_padded is a multiple of the 16 lanes; the masked lanes of the last group quantise to 0. Rows
   // that are not finite multiply by 0 under an empty mask, hence store zeros.
   const __m512 inv = _mm512_set1_ps(kQuantMax / amax);
-  __m512i sum = _mm512_setzero_si512();
   for (int64_t i = 0; i < k_padded; i += kLanes) {
     const __mmask16 mask = finite ? first_lanes(k - i) : 0;
     const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(load(x + i, mask), inv));
-    sum = _mm512_add_epi32(sum, rounded);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), _mm512_cvtsepi32_epi8(rounded));
   }
-  *q_sum = _mm512_reduce_add_epi32(sum);
   *x_scale = finite ? amax * kInverseQuantMax : __builtin_nanf("");
 }
 
-// Few rows: planes masked in place. The 4 * M accumulators are as many independent chains, which
-// hide the dot product's latency; blocks are read in one consecutive stream, because two (two row
-// blocks at once, which saves broadcasts and is a fifth faster in cache) halve the speed from
-// memory.
-template <int M>
-void few_rows(const uint8_t* codes, int64_t input_blocks, const int8_t* q, int64_t q_stride,
-              const int32_t* q_sum, int32_t* out, int out_stride) {
-  __m512i acc[M][kPlanes];
-  for (int i = 0; i < M; ++i)
-    for (int s = 0; s < kPlanes; ++s) acc[i][s] = _mm512_setzero_si512();
-  for (int64_t kb = 0; kb < input_blocks; ++kb) {
-    const __m512i block = _mm512_loadu_si512(codes + kb * kBlockBytes);
-    const int8_t* a = q + kb * kBlockInputs;
-    for (int s = 0; s < kPlanes; ++s) {
-      const __m512i mask = _mm512_set1_epi8(static_cast<char>(kCodeMask << (s * kBitsPerCode)));
-      const __m512i plane = _mm512_and_si512(block, mask);
-      for (int i = 0; i < M; ++i) {
-        const __m512i group = broadcast4(a + i * q_stride + s * kPlaneInputs);
-        acc[i][s] = _mm512_dpbusd_epi32(acc[i][s], plane, group);
-      }
-    }
-  }
-  for (int i = 0; i < M; ++i) {
-    const __m512i sum1 = _mm512_srai_epi32(acc[i][1], 2);
-    const __m512i sum2 = _mm512_srai_epi32(acc[i][2], 4);
-    const __m512i sum3 = _mm512_srai_epi32(acc[i][3], 6);
-    const __m512i sum =
-        _mm512_add_epi32(_mm512_add_epi32(acc[i][0], sum1), _mm512_add_epi32(sum2, sum3));
-    _mm512_storeu_si512(out + i * out_stride, _mm512_sub_epi32(sum, _mm512_set1_epi32(q_sum[i])));
-  }
-}
-
-// Many rows: planes decoded once a block, one accumulator a row.
-template <int M>
-void many_rows(const uint8_t* codes, int64_t input_blocks, const int8_t* q, int64_t q_stride,
-               const int32_t* q_sum, int32_t* out, int out_stride) {
-  const __m512i mask = _mm512_set1_epi8(kCodeMask);
-  __m512i acc[M];
-  for (int i = 0; i < M; ++i) acc[i] = _mm512_setzero_si512();
-  for (int64_t kb = 0; kb < input_blocks; ++kb) {
-    const __m512i block = _mm512_loadu_si512(codes + kb * kBlockBytes);
-    // 16-bit shifts drag bits of the neighbouring byte in from the left; the mask removes them.
-    const __m512i plane0 = _mm512_and_si512(block, mask);
-    const __m512i plane1 = _mm512_and_si512(_mm512_srli_epi16(block, 2), mask);
-    const __m512i plane2 = _mm512_and_si512(_mm512_srli_epi16(block, 4), mask);
-    const __m512i plane3 = _mm512_and_si512(_mm512_srli_epi16(block, 6), mask);
-    const int8_t* a = q + kb * kBlockInputs;
-    for (int i = 0; i < M; ++i, a += q_stride) {
-      acc[i] = _mm512_dpbusd_epi32(acc[i], plane0, broadcast4(a));
-      acc[i] = _mm512_dpbusd_epi32(acc[i], plane1, broadcast4(a + 4));
-      acc[i] = _mm512_dpbusd_epi32(acc[i], plane2, broadcast4(a + 8));
-      acc[i] = _mm512_dpbusd_epi32(acc[i], plane3, broadcast4(a + 12));
-    }
-  }
-  for (int i = 0; i < M; ++i) {
-    const __m512i sum = _mm512_sub_epi32(acc[i], _mm512_set1_epi32(q_sum[i]));
-    _mm512_storeu_si512(out + i * out_stride, sum);
-  }
-}
-
-void tile_product(const uint8_t* codes, int64_t input_blocks, int row_blocks, const int8_t* q,
-                  int64_t q_stride, const int32_t* q_sum, int m, int32_t* out) {
-  const int n = row_blocks * kBlockRows;
-  for (int row = 0; row < n; row += kBlockRows, codes += input_blocks * kBlockBytes) {
-    int32_t* o = out + row;
-    switch (m) {
-      case 1: few_rows<1>(codes, input_blocks, q, q_stride, q_sum, o, n); break;
-      case 2: few_rows<2>(codes, input_blocks, q, q_stride, q_sum, o, n); break;
-      case 3: few_rows<3>(codes, input_blocks, q, q_stride, q_sum, o, n); break;
-      case 4: few_rows<4>(codes, input_blocks, q, q_stride, q_sum, o, n); break;
-      case 5: many_rows<5>(codes, input_blocks, q, q_stride, q_sum, o, n); break;
-      case 6: many_rows<6>(codes, input_blocks, q, q_stride, q_sum, o, n); break;
-      case 7: many_rows<7>(codes, input_blocks, q, q_stride, q_sum, o, n); break;
-      case 8: many_rows<8>(codes, input_blocks, q, q_stride, q_sum, o, n); break;
-      default: break;
-    }
-  }
-}
-static_assert(kMaxTileRows == 8, "tile_product has a case for every number of rows");
-
 }  // namespace
 
-Kernel avx512vnni_kernel() {
-  return {"avx512vnni", quantize_row<float>, quantize_row<uint16_t>, tile_product};
+#ifdef __AVX512VBMI__
+Kernel avx512vbmi_kernel() {
+  return make_kernel<Avx512>("avx512vbmi", quantize_row<float>, quantize_row<uint16_t>);
 }
+#else
+Kernel avx512vnni_kernel() {
+  return make_kernel<Avx512>("avx512vnni", quantize_row<float>, quantize_row<uint16_t>);
+}
+#endif
 
 }  // namespace bitjax

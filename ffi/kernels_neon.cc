@@ -1,22 +1,86 @@
-// AArch64 NEON with the dot product extension (ARMv8.2 FEAT_DotProd): a quarter block (4 output
-// rows x 4 bytes) in a register; sdot's lane operand picks the plane's 4 activations for free.
+// NEON with the dot-product extension (Armv8.2 dotprod): a quarter of a block in a register.
 //
-// Differs from the scalar kernel only in the order of exact integer sums. sdot is signed x signed,
-// so the planes are shifted down: left in place, code 2 of plane 3 would be -128.
+// SDOT multiplies signed bytes by signed bytes; codes below 128 are both. Those of int8 are not, and
+// give up their offset first: code - 128 is the weight, and 128 times the activations' sum is added
+// back. Differs from the scalar kernel only in the order of exact integer sums.
 
 #include <arm_neon.h>
 
-#include "kernel.h"
+#include "products.h"
 
 namespace bitjax {
 namespace {
 
 constexpr int kLanes = 4;
-constexpr int kQuarters = kBlockRows / kLanes;
-constexpr int kQuarterBytes = kBlockBytes / kQuarters;
 
-// Four rows at a time: 16 accumulators, 4 activation registers and 4 planes fit 32 registers.
-constexpr int kRows = 4;
+struct Neon {
+  using Bytes = uint8x16_t;
+  using Sums = int32x4_t;
+  static constexpr int kLanes = 4;
+  // 6 rows x 4 vectors: 24 accumulators, 4 vectors of codes and a broadcast, of 32 registers.
+  static constexpr int kPanelBlocks = 1;
+  static constexpr int kTileVectors = 4;
+  static constexpr int kTileRows = 6;
+  static constexpr int stream_vectors(int) { return 4; }
+  static constexpr bool mask_in_place(int) { return false; }
+
+  static Bytes load(const uint8_t* p) { return vld1q_u8(p); }
+  static void store(uint8_t* p, Bytes b) { vst1q_u8(p, b); }
+  static Bytes splat(uint8_t b) { return vdupq_n_u8(b); }
+  static Bytes land(Bytes a, Bytes b) { return vandq_u8(a, b); }
+  static Bytes sub(Bytes a, Bytes b) { return vsubq_u8(a, b); }
+  static Bytes add_bytes(Bytes a, Bytes b) { return vaddq_u8(a, b); }
+  static Bytes umin(Bytes a, Bytes b) { return vminq_u8(a, b); }
+  template <int n>
+  static Bytes shr(Bytes a) {
+    return vshrq_n_u8(a, n);
+  }
+  static Bytes mul_bytes(Bytes a, Bytes b) { return vmulq_u8(a, b); }
+  static Bytes repeat_lane_bytes(const uint8_t* p) {
+    const uint32x4_t lanes = vreinterpretq_u32_s32(load_lane_bytes(p));
+    return vreinterpretq_u8_u32(vmulq_n_u32(lanes, 0x01010101U));
+  }
+
+  static Sums splat32(int32_t x) { return vdupq_n_s32(x); }
+  static Sums add(Sums a, Sums b) { return vaddq_s32(a, b); }
+  static Sums mul32(Sums a, Sums b) { return vmulq_s32(a, b); }
+  template <int n>
+  static Sums sar(Sums a) {
+    return vshrq_n_s32(a, n);
+  }
+  static Sums load_sums(const int32_t* p) { return vld1q_s32(p); }
+  static void store_sums(int32_t* p, Sums a) { vst1q_s32(p, a); }
+  static Sums load_lane_bytes(const uint8_t* p) {
+    uint32_t four;
+    __builtin_memcpy(&four, p, sizeof four);
+    const uint16x8_t wide = vmovl_u8(vcreate_u8(four));
+    return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(wide)));
+  }
+
+  static constexpr bool kHasTritTable = false;
+  static Bytes trit_of_multiple(Bytes b) {
+    return vqtbl1q_u8(vld1q_u8(kNibbleTrits), vandq_u8(b, vdupq_n_u8(15)));
+  }
+
+  template <int max_code>
+  struct Dot {
+    using Narrow = Sums;
+    static constexpr int64_t kSpan = int64_t{1} << 40;
+    static Narrow none() { return vdupq_n_s32(0); }
+    static Narrow dot(Narrow acc, Bytes codes, int32_t group) {
+      const int8x16_t q = vreinterpretq_s8_s32(vdupq_n_s32(group));
+      if constexpr (max_code < 128) {
+        return vdotq_s32(acc, vreinterpretq_s8_u8(codes), q);
+      } else {
+        const int8x16_t w = vreinterpretq_s8_u8(veorq_u8(codes, vdupq_n_u8(128)));
+        const int8x16_t half = vdupq_n_s8(64);
+        acc = vdotq_s32(acc, w, q);
+        return vdotq_s32(vdotq_s32(acc, half, q), half, q);
+      }
+    }
+    static Sums widen(Sums acc, Narrow narrow) { return vaddq_s32(acc, narrow); }
+  };
+};
 
 float32x4_t load(const float* x) { return vld1q_f32(x); }
 
@@ -34,8 +98,7 @@ float32x4_t load_first(const T* x, int64_t n) {
 }
 
 template <typename T>
-void quantize_row(const T* x, int64_t k, int64_t k_padded, int8_t* q, float* x_scale,
-                  int32_t* q_sum) {
+void quantize_row(const T* x, int64_t k, int64_t k_padded, int8_t* q, float* x_scale) {
   // The bits of non-negative floats are ordered like the floats, with infinity and NaN on top.
   const uint32x4_t magnitude_bits = vdupq_n_u32(0x7FFFFFFF);
   uint32x4_t max_bits = vdupq_n_u32(0);
@@ -52,69 +115,21 @@ void quantize_row(const T* x, int64_t k, int64_t k_padded, int8_t* q, float* x_s
   // k_padded is a multiple of 8, so pairs of groups cover the row and its padding.
   const float32x4_t inv = vdupq_n_f32(kQuantMax / amax);
   const int64_t used = finite ? k : 0;
-  int32x4_t sum = vdupq_n_s32(0);
   for (int64_t i = 0; i < k_padded; i += 2 * kLanes) {
     int32x4_t low = vdupq_n_s32(0);
     int32x4_t high = low;
     if (i < used) low = vcvtnq_s32_f32(vmulq_f32(load_first(x + i, used - i), inv));
     if (i + kLanes < used)
       high = vcvtnq_s32_f32(vmulq_f32(load_first(x + i + kLanes, used - i - kLanes), inv));
-    sum = vaddq_s32(sum, vaddq_s32(low, high));
     vst1_s8(q + i, vqmovn_s16(vcombine_s16(vqmovn_s32(low), vqmovn_s32(high))));
   }
-  *q_sum = vaddvq_s32(sum);
   *x_scale = finite ? amax * kInverseQuantMax : __builtin_nanf("");
 }
 
-template <int M>
-void block_rows(const uint8_t* codes, int64_t input_blocks, const int8_t* q, int64_t q_stride,
-                const int32_t* q_sum, int32_t* out, int out_stride) {
-  const uint8x16_t mask = vdupq_n_u8(kCodeMask);
-  int32x4_t acc[M][kQuarters];
-  for (int i = 0; i < M; ++i)
-    for (int g = 0; g < kQuarters; ++g) acc[i][g] = vdupq_n_s32(0);
-  for (int64_t kb = 0; kb < input_blocks; ++kb) {
-    int8x16_t a[M];
-    for (int i = 0; i < M; ++i) a[i] = vld1q_s8(q + i * q_stride + kb * kBlockInputs);
-    for (int g = 0; g < kQuarters; ++g) {
-      const uint8x16_t quarter = vld1q_u8(codes + kb * kBlockBytes + g * kQuarterBytes);
-      const int8x16_t plane0 = vreinterpretq_s8_u8(vandq_u8(quarter, mask));
-      const int8x16_t plane1 = vreinterpretq_s8_u8(vandq_u8(vshrq_n_u8(quarter, 2), mask));
-      const int8x16_t plane2 = vreinterpretq_s8_u8(vandq_u8(vshrq_n_u8(quarter, 4), mask));
-      const int8x16_t plane3 = vreinterpretq_s8_u8(vshrq_n_u8(quarter, 6));
-      for (int i = 0; i < M; ++i) {
-        acc[i][g] = vdotq_laneq_s32(acc[i][g], plane0, a[i], 0);
-        acc[i][g] = vdotq_laneq_s32(acc[i][g], plane1, a[i], 1);
-        acc[i][g] = vdotq_laneq_s32(acc[i][g], plane2, a[i], 2);
-        acc[i][g] = vdotq_laneq_s32(acc[i][g], plane3, a[i], 3);
-      }
-    }
-  }
-  for (int i = 0; i < M; ++i)
-    for (int g = 0; g < kQuarters; ++g)
-      vst1q_s32(out + i * out_stride + g * kLanes, vsubq_s32(acc[i][g], vdupq_n_s32(q_sum[i])));
-}
-
-void tile_product(const uint8_t* codes, int64_t input_blocks, int row_blocks, const int8_t* q,
-                  int64_t q_stride, const int32_t* q_sum, int m, int32_t* out) {
-  const int n = row_blocks * kBlockRows;
-  for (int row = 0; row < n; row += kBlockRows, codes += input_blocks * kBlockBytes) {
-    for (int i = 0; i < m; i += kRows) {
-      const int8_t* a = q + i * q_stride;
-      int32_t* o = out + i * n + row;
-      switch (m - i) {
-        case 1: block_rows<1>(codes, input_blocks, a, q_stride, q_sum + i, o, n); break;
-        case 2: block_rows<2>(codes, input_blocks, a, q_stride, q_sum + i, o, n); break;
-        case 3: block_rows<3>(codes, input_blocks, a, q_stride, q_sum + i, o, n); break;
-        default: block_rows<kRows>(codes, input_blocks, a, q_stride, q_sum + i, o, n); break;
-      }
-    }
-  }
-}
-static_assert(kRows == 4, "tile_product has a case for every remainder");
-
 }  // namespace
 
-Kernel neon_kernel() { return {"neon", quantize_row<float>, quantize_row<uint16_t>, tile_product}; }
+Kernel neon_kernel() {
+  return make_kernel<Neon>("neon", quantize_row<float>, quantize_row<uint16_t>);
+}
 
 }  // namespace bitjax

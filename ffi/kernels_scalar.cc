@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "kernel.h"
+#include "rows.h"
 
 namespace bitjax {
 namespace {
@@ -18,8 +19,7 @@ float widen(uint16_t bf16) {
 }
 
 template <typename T>
-void quantize_row(const T* x, int64_t k, int64_t k_padded, int8_t* q, float* x_scale,
-                  int32_t* q_sum) {
+void quantize_row(const T* x, int64_t k, int64_t k_padded, int8_t* q, float* x_scale) {
   float amax = kMinAmax;
   bool finite = true;
   for (int64_t i = 0; i < k; ++i) {
@@ -28,48 +28,101 @@ void quantize_row(const T* x, int64_t k, int64_t k_padded, int8_t* q, float* x_s
     if (magnitude > amax) amax = magnitude;
   }
   memset(q, 0, static_cast<size_t>(k_padded));
-  *q_sum = 0;
   *x_scale = NAN;
   if (!finite) return;
 
   // |x * inv| <= 127 * (1 + 2^-22) rounds to 127 at most, so the clip of the equation never acts.
   const float inv = kQuantMax / amax;
-  for (int64_t i = 0; i < k; ++i) {
-    q[i] = static_cast<int8_t>(nearbyintf(widen(x[i]) * inv));
-    *q_sum += q[i];
-  }
+  for (int64_t i = 0; i < k; ++i) q[i] = static_cast<int8_t>(nearbyintf(widen(x[i]) * inv));
   *x_scale = amax * kInverseQuantMax;
 }
 
-void tile_product(const uint8_t* codes, int64_t input_blocks, int row_blocks, const int8_t* q,
-                  int64_t q_stride, const int32_t* q_sum, int m, int32_t* out) {
-  const int n = row_blocks * kBlockRows;
-  memset(out, 0, sizeof(int32_t) * static_cast<size_t>(m) * static_cast<size_t>(n));
-  for (int i = 0; i < m; ++i) {
-    const uint8_t* block = codes;
-    for (int row = 0; row < n; row += kBlockRows) {
-      int32_t* acc = out + i * n + row;
-      for (int64_t kb = 0; kb < input_blocks; ++kb, block += kBlockBytes) {
-        const int8_t* a = q + i * q_stride + kb * kBlockInputs;
-        for (int r = 0; r < kBlockRows; ++r) {
-          for (int j = 0; j < kPlaneInputs; ++j) {
-            const int byte = block[r * kPlaneInputs + j];
-            for (int s = 0; s < kPlanes; ++s) {
-              const int code = (byte >> (s * kBitsPerCode)) & kCodeMask;
-              acc[r] += code * a[s * kPlaneInputs + j];
-            }
-          }
-        }
-      }
-      for (int r = 0; r < kBlockRows; ++r) acc[r] -= q_sum[i];
-    }
+// The weights of one byte, one for each plane, offset included; multipliers are not applied.
+template <Layout layout>
+void decode(int byte, int (&code)[spec(layout).planes]) {
+  for (int s = 0; s < spec(layout).planes; ++s) {
+    if (layout == Layout::kTernary2) code[s] = (byte >> (2 * s)) & 3;
+    if (layout == Layout::kTernary16) code[s] = byte / kPowersOf3[s] % 3;
+    if (layout == Layout::kInt4) code[s] = (byte >> (4 * s)) & 15;
+    if (layout == Layout::kInt8) code[s] = byte;
   }
+}
+
+int multiplier(const PackedRows& w, Layout layout, int64_t row, int64_t kb) {
+  const int group_blocks = spec(layout).group_blocks;
+  if (group_blocks == 0) return 1;
+  const int64_t groups = w.input_blocks / group_blocks;
+  return w.multipliers[(row / kBlockRows * groups + kb / group_blocks) * kBlockRows +
+                       row % kBlockRows];
+}
+
+template <Layout layout>
+void few_rows(const PackedRows& w, const FewActivations& x, int32_t* out, int64_t out_stride) {
+  constexpr LayoutSpec kSpec = spec(layout);
+  constexpr int free_offset = kSpec.offset - few_rows_offset(layout);
+  for (int i = 0; i < x.m; ++i)
+    for (int64_t row = 0; row < w.row_blocks * kBlockRows; ++row) {
+      const uint8_t* bytes = w.codes + row / kBlockRows * w.input_blocks * kBlockBytes +
+                             row % kBlockRows * kLaneBytes;
+      int32_t acc = 0;
+      for (int64_t kb = 0; kb < w.input_blocks; ++kb, bytes += kBlockBytes) {
+        const int8_t* q = x.q + i * x.q_stride + kb * kSpec.block_inputs();
+        int32_t sum = 0;
+        for (int j = 0; j < kLaneBytes; ++j) {
+          int code[kSpec.planes];
+          decode<layout>(bytes[j], code);
+          for (int s = 0; s < kSpec.planes; ++s)
+            sum += (code[s] - free_offset) * q[s * kLaneBytes + j];
+        }
+        acc += sum * multiplier(w, layout, row, kb);
+      }
+      out[i * out_stride + row] = acc;
+    }
+}
+
+template <Layout layout>
+void unpack_panel(const PackedRows& w, int64_t first, int64_t last, uint8_t* panel) {
+  constexpr LayoutSpec kSpec = spec(layout);
+  for (int64_t row = 0; row < w.row_blocks * kBlockRows; ++row)
+    for (int64_t kb = first; kb < last; ++kb)
+      for (int j = 0; j < kLaneBytes; ++j) {
+        const int64_t block = row / kBlockRows * w.input_blocks + kb;
+        int code[kSpec.planes];
+        decode<layout>(w.codes[block * kBlockBytes + row % kBlockRows * kLaneBytes + j], code);
+        for (int s = 0; s < kSpec.planes; ++s)
+          panel[((kb - first) * kSpec.planes + s) * kBlockBytes + row * kLaneBytes + j] =
+              static_cast<uint8_t>((code[s] - kSpec.offset) * multiplier(w, layout, row, kb) +
+                                   panel_offset(layout));
+      }
+}
+
+void panel_product(const uint8_t* panel, int64_t groups, const int8_t* q, int64_t q_stride, int m,
+                   int32_t* acc) {
+  for (int i = 0; i < m; ++i)
+    for (int64_t g = 0; g < groups; ++g)
+      for (int n = 0; n < kBlockRows; ++n)
+        for (int j = 0; j < kLaneBytes; ++j)
+          acc[i * kBlockRows + n] += q[i * q_stride + g * kLaneBytes + j] *
+                                     panel[g * kBlockBytes + n * kLaneBytes + j];
 }
 
 }  // namespace
 
 Kernel scalar_kernel() {
-  return {"scalar", quantize_row<float>, quantize_row<uint16_t>, tile_product};
+  return {"scalar",
+          quantize_row<float>,
+          quantize_row<uint16_t>,
+          relu2_gate,
+          silu_gate,
+          rms_norm,
+          {few_rows<Layout::kTernary2>, few_rows<Layout::kTernary16>, few_rows<Layout::kInt4>,
+           few_rows<Layout::kInt8>},
+          {unpack_panel<Layout::kTernary2>, unpack_panel<Layout::kTernary16>,
+           unpack_panel<Layout::kInt4>, unpack_panel<Layout::kInt8>},
+          panel_product,
+          panel_product,
+          1,   // row blocks of a panel
+          4};  // activation rows of a panel product
 }
 
 }  // namespace bitjax

@@ -47,8 +47,11 @@ NB_MODULE(_ffi, m) {
       "Force a kernel by name for the whole process; None lifts the force.");
   m.def("kernel_calls", &kernel_calls, "Products run so far by each compiled kernel.");
   m.attr("FORMAT_VERSION") = bitjax::kFormatVersion;
-  m.attr("BLOCK_ROWS") = bitjax::kBlockRows;
-  m.attr("BLOCK_INPUTS") = bitjax::kBlockInputs;
-  m.attr("BLOCK_BYTES") = bitjax::kBlockBytes;
-  m.attr("MAX_INPUTS") = bitjax::kMaxInputs;
+  nb::dict layouts;
+  for (int i = 0; i < bitjax::kLayoutCount; ++i) {
+    const bitjax::LayoutSpec& spec = bitjax::kLayouts[i];
+    layouts[spec.name] = nb::make_tuple(i, spec.planes, spec.offset, spec.group_blocks,
+                                        bitjax::max_inputs(static_cast<bitjax::Layout>(i)));
+  }
+  m.attr("LAYOUTS") = layouts;  // name -> number, planes, offset, group blocks, largest K
 }

@@ -1,21 +1,36 @@
-// Packed ternary weights, format version 1: "ternary 2-bit, 16x16 blocks".
+// Packed weights, format version 2: four layouts of 64-byte blocks.
 //
 // This file is the specification; bitjax/packing.py is its Python twin and both are tested on the
 // same golden bytes. A change of any byte needs a new version number, never a build option.
 //
-// A weight matrix W [N rows = output features, K columns = input features] holds w in {-1, 0, +1}.
-//   stored code      c = w + 1 in {0, 1, 2}; 3 is invalid and never written
-//   dequantised      W = (c - 1) * w_scale, with one float32 w_scale per tensor, which MULTIPLIES
-//   padding          N and K are padded up to multiples of 16 with code 1 (weight 0)
-//   buffer           uint8 [NB = ceil(N/16)] [KB = ceil(K/16)] [64 bytes], no gaps, no header
-//   inside a block   byte r*4 + j, bits 2s and 2s+1, hold the code of
-//                      row    nb*16 + r          r = 0..15
-//                      input  kb*16 + 4*s + j    s = 0..3 (the plane), j = 0..3
+// A weight matrix W [N rows = output features, K columns = input features] is stored as codes
+// c = w + offset of small integers w, the same layout for a whole matrix:
+//
+//   layout      w           offset  planes  inputs a block  bits a weight
+//   ternary2    -1..1       1       4       16              2
+//   ternary1.6  -1..1       1       5       20              1.6
+//   int4        -8..7       8       2       8               4 (+ 0.25 for multipliers)
+//   int8        -127..127   128     1       4               8
+//
+//   buffer           uint8 [NB = ceil(N/16)] [KB] [64 bytes], no gaps, no header
+//   inside a block   byte r*4 + j holds, for row nb*16 + r (r = 0..15) and each plane s, the code of
+//                    input kb*(4*planes) + 4*s + j (j = 0..3):
+//                      ternary2    at bits 2s and 2s+1; the value 3 is invalid
+//                      ternary1.6  as digit s of a number in base 3, 0..242; 243..255 are invalid
+//                      int4        at bits 4s..4s+3
+//                      int8        the byte; the value 0 is invalid
+//   KB               ceil(K / inputs a block); for int4 rounded up to a multiple of 4, whole groups
+//   padding          rows and inputs beyond N and K hold weight 0 (code = offset)
+//
+// Dequantised, with float32 scales that MULTIPLY, one a tensor or one a row:
+//   ternary2, ternary1.6, int8    W = w * scale
+//   int4                          W = w * multiplier * scale, where uint8 multipliers 1..15
+//                                 [NB] [KB/4] [16] hold one integer for each row and each group of
+//                                 32 inputs. |w * multiplier| <= 120: int4 is a compressed int8.
 //
 // Why so: the 4 bytes of a row meet 4 consecutive activations, which is the operand shape of the
-// integer dot instructions (vpdpbusd, sdot), and the 16 rows fill one 512-bit register: no
-// horizontal sums, no shuffles, one 64-byte cache line a block. Masking a plane in place leaves
-// codes scaled by 4^s, so one row of activations needs no shifts until the very end.
+// integer dot-product instructions of x86 and Arm. A 512-bit load is a block, a lane of 32 bits is a
+// row, so no sum runs across lanes, and a plane is reached by a mask or a table, without shuffles.
 #ifndef BITJAX_FFI_PACKED_FORMAT_H_
 #define BITJAX_FFI_PACKED_FORMAT_H_
 
@@ -23,52 +38,61 @@
 
 namespace bitjax {
 
-constexpr int kFormatVersion = 1;
-constexpr int kBlockRows = 16;    // output features in a block
-constexpr int kBlockInputs = 16;  // input features in a block
-constexpr int kBitsPerCode = 2;
-constexpr int kPlanes = 8 / kBitsPerCode;             // codes in a byte
-constexpr int kPlaneInputs = kBlockInputs / kPlanes;  // consecutive inputs in one plane
-constexpr int kBlockBytes = kBlockRows * kPlaneInputs;
-constexpr uint8_t kCodeMask = (1 << kBitsPerCode) - 1;
-constexpr uint8_t kPaddingCode = 1;     // weight 0
-constexpr uint8_t kPaddingByte = 0x55;  // four padding codes
-
-static_assert(kPlanes == 4, "a byte holds one code of each of four planes");
-static_assert(kPlaneInputs == 4, "a plane is the 4-byte group of the integer dot instructions");
+constexpr int kFormatVersion = 2;
+constexpr int kBlockRows = 16;  // output features in a block
+constexpr int kLaneBytes = 4;   // consecutive inputs of a plane
+constexpr int kBlockBytes = kBlockRows * kLaneBytes;
 static_assert(kBlockBytes == 64, "a block is one cache line and one 512-bit register");
-static_assert(kBlockBytes * 8 == kBlockRows * kBlockInputs * kBitsPerCode, "a block has no gaps");
-static_assert(kPaddingByte == kPaddingCode * 0x55, "every plane of a padding byte is padding");
 
-// Number of 16-wide blocks that cover n features.
-constexpr int64_t blocks_of(int64_t n) { return (n + kBlockRows - 1) / kBlockRows; }
-static_assert(kBlockRows == kBlockInputs, "blocks_of serves rows and inputs alike");
+enum class Layout : int { kTernary2 = 0, kTernary16 = 1, kInt4 = 2, kInt8 = 3 };
+constexpr int kLayoutCount = 4;
 
-// Where one code lives: byte offset from the start of the buffer, and the shift inside that byte.
-struct CodePosition {
-  int64_t byte;
-  int shift;
+struct LayoutSpec {
+  const char* name;
+  int planes;        // codes in a byte
+  int offset;        // code of weight 0
+  int group_blocks;  // blocks that share a multiplier; 0: no multipliers, any number of blocks
+
+  constexpr int block_inputs() const { return planes * kLaneBytes; }
 };
 
-constexpr CodePosition code_position(int64_t row, int64_t input, int64_t input_blocks) {
-  const int64_t block = (row / kBlockRows) * input_blocks + input / kBlockInputs;
-  const int64_t r = row % kBlockRows;
-  const int64_t s = input % kBlockInputs / kPlaneInputs;
-  const int64_t j = input % kPlaneInputs;
-  return {block * kBlockBytes + r * kPlaneInputs + j, static_cast<int>(s) * kBitsPerCode};
+constexpr LayoutSpec kLayouts[kLayoutCount] = {
+    {"ternary2", 4, 1, 0},
+    {"ternary1.6", 5, 1, 0},
+    {"int4", 2, 8, 4},
+    {"int8", 1, 128, 0},
+};
+
+constexpr const LayoutSpec& spec(Layout layout) { return kLayouts[static_cast<int>(layout)]; }
+static_assert(spec(Layout::kTernary2).block_inputs() == 16, "2 bits a weight");
+static_assert(spec(Layout::kTernary16).block_inputs() == 20, "1.6 bits a weight");
+static_assert(spec(Layout::kInt4).group_blocks * spec(Layout::kInt4).block_inputs() == 32,
+              "a group is 32 inputs");
+
+// Number of row blocks that cover n rows, and of input blocks that cover k inputs.
+constexpr int64_t row_blocks_of(int64_t n) { return (n + kBlockRows - 1) / kBlockRows; }
+constexpr int64_t input_blocks_of(Layout layout, int64_t k) {
+  const int64_t unit = spec(layout).group_blocks == 0 ? 1 : spec(layout).group_blocks;
+  const int64_t inputs = spec(layout).block_inputs() * unit;
+  return (k + inputs - 1) / inputs * unit;
 }
 
-// The weight, -1, 0 or +1, at (row, input). The invalid code 3 decodes to 2.
-inline int decode_weight(const uint8_t* codes, int64_t row, int64_t input, int64_t input_blocks) {
-  const CodePosition at = code_position(row, input, input_blocks);
-  return ((codes[at.byte] >> at.shift) & kCodeMask) - 1;
-}
+constexpr int kPowersOf3[5] = {1, 3, 9, 27, 81};
 
-// Overwrites the code at (row, input) with that of weight w in {-1, 0, +1}.
-inline void encode_weight(uint8_t* codes, int64_t row, int64_t input, int64_t input_blocks, int w) {
-  const CodePosition at = code_position(row, input, input_blocks);
-  const int cleared = codes[at.byte] & ~(kCodeMask << at.shift);
-  codes[at.byte] = static_cast<uint8_t>(cleared | ((w + 1) << at.shift));
+// The weight at (row, input), multiplier not applied. For invalid codes the kernels may find other
+// weights than this, of no larger magnitude than the accumulator bound in kernel.h counts.
+inline int decode_weight(Layout layout, const uint8_t* codes, int64_t row, int64_t input,
+                         int64_t input_blocks) {
+  const LayoutSpec& s = spec(layout);
+  const int64_t block = row / kBlockRows * input_blocks + input / s.block_inputs();
+  const int plane = static_cast<int>(input % s.block_inputs() / kLaneBytes);
+  const int byte = codes[block * kBlockBytes + row % kBlockRows * kLaneBytes + input % kLaneBytes];
+  switch (layout) {
+    case Layout::kTernary2: return ((byte >> (2 * plane)) & 3) - s.offset;
+    case Layout::kTernary16: return byte / kPowersOf3[plane] % 3 - s.offset;
+    case Layout::kInt4: return ((byte >> (4 * plane)) & 15) - s.offset;
+    default: return byte - s.offset;
+  }
 }
 
 }  // namespace bitjax

@@ -1,5 +1,7 @@
 """Independent NumPy oracles, in float64 where the exact value is meant; nothing from bitjax."""
 
+import itertools
+
 import numpy as np
 
 
@@ -36,8 +38,8 @@ def transformer(params, config, tokens):
         scale = np.asarray(params[name + ".scale"], np.float64)
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + config["norm_eps"]) * scale
 
-    def linear(x, name):
-        w = np.asarray(params[name + ".weight"], np.float64)
+    def linear(x, name, rows=slice(None)):
+        w = np.asarray(params[name + ".weight"], np.float64)[rows]
         if config["inner_norm"]:
             x = norm(x, name + ".norm")
         if config["weights"] == "ternary":
@@ -59,7 +61,10 @@ def transformer(params, config, tokens):
         )
 
     def attention(x, name):
-        queries, keys, values = (linear(x, f"{name}.{c}") for c in "qkv")
+        ends = np.cumsum([0, heads * size, groups * size, groups * size])
+        queries, keys, values = (
+            linear(x, name + ".qkv", slice(a, b)) for a, b in itertools.pairwise(ends)
+        )
         out = np.zeros((len(x), heads * size))
         for t in range(len(x)):
             q = rotate(queries[t].reshape(heads, size), t)
@@ -75,11 +80,12 @@ def transformer(params, config, tokens):
         return linear(norm(out, name + ".sub_norm") if config["sub_norm"] else out, name + ".o")
 
     def ffn(x, name):
-        gate = linear(x, name + ".gate")
+        half = config["intermediate_size"]
+        gate = linear(x, name + ".gate_up", slice(0, half))
         gate = gate / (1 + np.exp(-gate)) if config["activation"] == "silu" else np.maximum(
             gate, 0
         ) ** 2  # fmt: skip
-        hidden = gate * linear(x, name + ".up")
+        hidden = gate * linear(x, name + ".gate_up", slice(half, None))
         return linear(norm(hidden, name + ".sub_norm") if config["sub_norm"] else hidden,
                       name + ".down")  # fmt: skip
 

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from bitjax.config import DType
 from bitjax.model import Transformer, bit_linears
-from bitjax.packing import PackedTernary, pack
-from bitjax.quant import WEIGHT_QUANTIZERS, require_finite
+from bitjax.packing import GROUP, LayoutName, PackedWeights, pack
+from bitjax.quant import WEIGHT_QUANTIZERS, int4_grouped, int8_per_row, require_finite
+
+TableFormat = Literal["float32", "bfloat16", "int8", "int4"]
 
 
-def pack_model(model: Transformer, table_dtype: DType = "float32") -> Transformer:
+def pack_model(
+    model: Transformer, layout: LayoutName = "ternary2", tables: TableFormat = "float32"
+) -> Transformer:
     """A copy of a trained model whose linear layers hold packed weights.
 
     Codes and scales come from the quantiser of the training-time forward pass.
 
     Args:
         model: with float master weights and `config.weights` "ternary" or "binary".
-        table_dtype: in which embedding and head are kept; "float32" keeps them as trained.
+        layout: of the linear layers, "ternary2" or "ternary1.6" (bits a weight).
+        tables: of embedding and head; "float32" keeps them as trained.
 
     Raises:
         ValueError: a full-precision model, one already packed, or weights that are not finite.
@@ -31,12 +39,30 @@ def pack_model(model: Transformer, table_dtype: DType = "float32") -> Transforme
     packed: Transformer = nnx.clone(model)
     for name, layer in bit_linears(packed):
         weight = layer.weight.get_value()
-        if isinstance(weight, PackedTernary):
+        if isinstance(weight, PackedWeights):
             raise ValueError(f"{name} is packed already")
         require_finite(name, weight)
-        codes, scale = WEIGHT_QUANTIZERS[kind](weight)
-        layer.weight.set_value(pack(np.asarray(codes), np.asarray(scale)))
+        codes, scale = WEIGHT_QUANTIZERS[kind](weight, layer.segments)
+        scales = np.asarray(scale).reshape(-1)
+        packed_scale = scales if layer.segments else scales[0]
+        layer.weight.set_value(pack(np.asarray(codes), packed_scale, layout))
     for table in (packed.embedding, packed.head):
         if table is not None:
-            table.set_value(table[...].astype(table_dtype))
+            table.set_value(pack_table(table[...], tables))  # type: ignore[arg-type]
     return packed
+
+
+def pack_table(table_VxD: jax.Array, form: TableFormat) -> jax.Array | PackedWeights:
+    """An embedding or head in another number format.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    require_finite("table", table_VxD)
+    if form == "int8":
+        codes, scale = int8_per_row(np.asarray(table_VxD))
+        return pack(codes, scale, "int8")
+    if form == "int4":
+        codes, multipliers, scale = int4_grouped(np.asarray(table_VxD), GROUP)
+        return pack(codes, scale, "int4", multipliers)
+    return table_VxD.astype(jnp.dtype(form))

@@ -40,47 +40,48 @@ class KVCache:
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention (arXiv 2305.13245); SubLN before the output projection."""
+    """`x + o(sub_norm(attention(qkv(norm(x)))))`: grouped-query attention (arXiv 2305.13245)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         D, H, G, h = (
             config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim,
         )  # fmt: skip
-        self.q = BitLinear(D, H * h, config, rngs=rngs)
-        self.k = BitLinear(D, G * h, config, rngs=rngs)
-        self.v = BitLinear(D, G * h, config, rngs=rngs)
+        self.qkv = BitLinear(D, H * h, G * h, G * h, config=config, rngs=rngs)
         self.sub_norm = RMSNorm(H * h, config.norm_eps) if config.sub_norm else None
-        self.o = BitLinear(H * h, D, config, rngs=rngs)
+        self.o = BitLinear(H * h, D, config=config, rngs=rngs)
         self.config = config
 
     def __call__(
-        self, x_BxTxD: jax.Array, positions_BxT: jax.Array, cache: KVCache | None = None
+        self,
+        x_BxTxD: jax.Array,
+        norm: RMSNorm | None,
+        positions_BxT: jax.Array,
+        cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Attend to positions up to each token's own.
 
         Args:
             x_BxTxD: inputs.
+            norm: applied to the inputs first, but not to the residual.
             positions_BxT: int32, each token's position; without a cache they must be 0..T-1.
             cache: earlier keys and values; the new ones are written to it before attention.
 
         Returns:
-            `[B, T, D]` and the updated cache (None without one).
+            `[B, T, D]`, the residual included, and the updated cache (None without one).
         """
         config = self.config
         B, T, _ = x_BxTxD.shape
-        G, h = config.num_kv_heads, config.head_dim
-        q = rotary(self.q(x_BxTxD).reshape(B, T, -1, h), positions_BxT, config.rope_theta)
-        k = rotary(self.k(x_BxTxD).reshape(B, T, G, h), positions_BxT, config.rope_theta)
-        v = self.v(x_BxTxD).reshape(B, T, G, h)
+        H, G, h = config.num_heads, config.num_kv_heads, config.head_dim
+        qkv_BxTxNxh = self.qkv(x_BxTxD, norm=norm).reshape(B, T, -1, h)
+        turned = rotary(qkv_BxTxNxh[:, :, : H + G], positions_BxT, config.rope_theta)
+        q, k, v = turned[:, :, :H], turned[:, :, H:], qkv_BxTxNxh[:, :, H + G :]
         if cache is None:
             k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
         else:
             cache = cache.write(k, v, positions_BxT)
             k, v = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)
         mixed = _attend(q, k, v, positions_BxT)
-        if self.sub_norm is not None:
-            mixed = self.sub_norm(mixed)
-        return self.o(mixed), cache
+        return self.o(mixed, norm=self.sub_norm, residual=x_BxTxD), cache
 
 
 def _attend(

@@ -1,14 +1,17 @@
 """Model files: one safetensors file, float or packed, with the configuration in its metadata.
 
-Metadata key "bitjax" holds JSON `{"format": 1, "config": {...}, "tokenizer": "bytes"}`. Tensors
-are named by their path in the model. A linear layer is either
+Metadata key "bitjax" holds JSON `{"format": 2, "config": {...}, "tokenizer": "bytes"}`. Tensors
+are named by their path in the model. A matrix is either
 
-    <path>.weight           float32 or bfloat16 [rows, cols]
+    <path>                  float32 or bfloat16 [rows, cols]
 
-or, packed (`bitjax.packing`, layout version 1),
+or packed, its layout (`bitjax.packing`, format version 2) being part of the name:
 
-    <path>.weight.codes     uint8 [ceil(rows/16), ceil(cols/16), 64]
-    <path>.weight.scale     float32 [], multiplies
+    <path>.<layout>         uint8 [row blocks, column blocks, 64]
+    <path>.scale            float32 [] or [rows], multiplies
+    <path>.multipliers      uint8 [row blocks, groups, 16], with int4
+
+Linear layers are packed as ternary2 or ternary1.6, embedding and head as int8 or int4.
 
 Tensors start at multiples of 64 bytes, so that a memory map of the file is used in place, without
 a copy. (Those whose size is no multiple of 64 bytes come last, and may be copied.) Any
@@ -34,12 +37,12 @@ from flax import nnx
 from bitjax.config import ModelConfig, from_dict, to_json
 from bitjax.model.transformer import Transformer, abstract_model, bit_linears
 from bitjax.ops import Impl
-from bitjax.packing import FORMAT_VERSION, PackedTernary, validate
+from bitjax.packing import LAYOUTS, PackedWeights, validate
 from bitjax.quant import require_finite
 from bitjax.tokenizer import ByteTokenizer
 
 ALIGNMENT = 64  # bytes; what XLA on CPU asks of a buffer it shall use in place
-FILE_FORMAT = 1
+FILE_FORMAT = 2
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -56,9 +59,11 @@ def save_model(path: Path, model: Transformer) -> None:
     tensors = {}
     for name, parameter in _parameters(model):
         value = parameter.get_value()
-        if isinstance(value, PackedTernary):
-            tensors[f"{name}.codes"] = np.asarray(value.codes)
+        if isinstance(value, PackedWeights):
+            tensors[f"{name}.{value.layout}"] = np.asarray(value.codes)
             tensors[f"{name}.scale"] = np.asarray(value.scale)
+            if value.multipliers is not None:
+                tensors[f"{name}.multipliers"] = np.asarray(value.multipliers)
         else:
             require_finite(name, value)
             tensors[name] = np.asarray(value)
@@ -73,13 +78,18 @@ def save_model(path: Path, model: Transformer) -> None:
         raise ValueError(f"cannot write {path}: {error.strerror}") from None
 
 
-def load_model(path: Path, dtype: str = "float32", impl: Impl = "auto") -> Transformer:
+def load_model(
+    path: Path, dtype: str = "float32", impl: Impl = "auto", check: bool = True
+) -> Transformer:
     """Read a model file; large tensors stay in the memory-mapped file.
 
     Args:
         path: written by `save_model`.
         dtype: of activations.
         impl: of the packed products, see `bitjax.ops`.
+        check: read the whole file and refuse weights that stand for nothing. Without, packed
+            weights are read from the disk as they are needed; what an invalid byte then does is
+            give wrong numbers, never more.
 
     Raises:
         ValueError: not a model file, a damaged one, or one whose tensors are not those of its
@@ -90,10 +100,11 @@ def load_model(path: Path, dtype: str = "float32", impl: Impl = "auto") -> Trans
     _check_layers(path, config, tensors)
     model = abstract_model(config, dtype)
     for name, parameter in _parameters(model):
-        parameter.set_value(_take(path, name, parameter.get_value(), tensors))
+        parameter.set_value(_take(path, name, parameter.get_value(), tensors, check))
     if tensors:
         raise ValueError(f"{path} holds tensors that its configuration has no place for: "
                          f"{', '.join(sorted(tensors)[:3])}")  # fmt: skip
+    model.impl = impl
     for _, layer in bit_linears(model):
         layer.impl = impl
     return model
@@ -147,19 +158,27 @@ def _check_layers(path: Path, config: ModelConfig, tensors: Iterable[str]) -> No
         )
 
 
-def _take(path: Path, name: str, like: Any, tensors: dict[str, np.ndarray]) -> Any:
+def _take(
+    path: Path, name: str, like: Any, tensors: dict[str, np.ndarray], check_codes: bool
+) -> Any:
     """Remove one parameter from `tensors`, checked against the shape the model needs."""
     where = f"{path}: {name}"
-    if f"{name}.codes" in tensors:
-        if not name.endswith(".weight"):
-            raise ValueError(f"{where} cannot be packed; only linear layers can")
-        codes, scale = tensors.pop(f"{name}.codes"), tensors.pop(f"{name}.scale", None)
+    layouts = [layout for layout in LAYOUTS if f"{name}.{layout}" in tensors]
+    if layouts:
+        layout = layouts[0]
+        if layout.startswith("ternary") != name.endswith(".weight"):
+            raise ValueError(
+                f"{where} cannot be {layout}; linear layers are packed as ternary, "
+                "embedding and head as int4 or int8"
+            )
+        codes, scale = tensors.pop(f"{name}.{layout}"), tensors.pop(f"{name}.scale", None)
+        multipliers = tensors.pop(f"{name}.multipliers", None)
         if scale is None:
             raise ValueError(f"{where}.scale is missing")
         rows, cols = like.shape
-        packed = PackedTernary(codes, scale, rows, cols, FORMAT_VERSION)  # type: ignore[arg-type]
-        validate(where, packed)
-        return PackedTernary(_in_place(codes), _in_place(scale), rows, cols, FORMAT_VERSION)
+        packed = PackedWeights(codes, scale, multipliers, rows, cols, layout)  # type: ignore[arg-type]
+        validate(where, packed, check_codes)
+        return jax.tree.map(_in_place, packed)
     if name not in tensors:
         raise ValueError(f"{where} is missing")
     value = tensors.pop(name)
@@ -168,7 +187,8 @@ def _take(path: Path, name: str, like: Any, tensors: dict[str, np.ndarray]) -> A
             f"{where} is {value.dtype}{list(value.shape)}; the configuration needs a float "
             f"{list(like.shape)}"
         )
-    require_finite(where, value)
+    if check_codes:
+        require_finite(where, value)
     return _in_place(value)
 
 

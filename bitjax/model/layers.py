@@ -1,12 +1,12 @@
 """Building blocks: BitLinear, RMSNorm, rotary embedding and the gated FFN.
 
 BitLinear is where the two worlds meet. Its `weight` holds either a float master weight, which is
-fake-quantised on every call with straight-through gradients, or a `PackedTernary`, which goes to
-the packed product. The type of the parameter decides; there is no mode.
+fake-quantised on every call with straight-through gradients, or `PackedWeights`, which go to the
+packed product. The type of the parameter decides; there is no mode.
 
 Both compute `y = (codes_x @ codes_w.T) * (scale_x * scale_w)`: integer-valued codes, an exact sum,
 then one scaling in the same association. So a trained layer and its packed form agree to the bit
-in float32.
+in float32 when they are given the same activations.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from flax import nnx
 from bitjax import ops
 from bitjax.config import ModelConfig
 from bitjax.ops import reference
-from bitjax.packing import PackedTernary
-from bitjax.quant import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
+from bitjax.packing import PackedWeights
+from bitjax.quant import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS, Segments
 
 
 class RMSNorm(nnx.Module):
@@ -31,41 +31,68 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise the last axis; returns x's shape and dtype."""
-        x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
-        return (x32 * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(x.dtype)
+        return reference.rms_norm(x, self.scale[...], self.eps).astype(x.dtype)
 
 
 class BitLinear(nnx.Module):
     """A linear layer with quantised weights and activations, and no bias.
 
     `config.weights` and `config.activations` choose the quantisers; with both "float" it is a
-    plain linear layer. With `config.inner_norm` an RMSNorm precedes the quantisation (2024 listing
-    of "The Era of 1-bit LLMs: Training Tips, Code and FAQ", figure 3).
+    plain linear layer. Several matrices that read the same input are stacked as one, each with its
+    own scale. With `config.inner_norm` an RMSNorm precedes the quantisation (2024 listing of "The
+    Era of 1-bit LLMs: Training Tips, Code and FAQ", figure 3).
+
+    Args:
+        in_features: K.
+        segments: output features of each stacked matrix; their sum is N.
+        config: number formats and initial scale.
+        rngs: source of the initial weights.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, config: ModelConfig, *, rngs: nnx.Rngs
+        self, in_features: int, *segments: int, config: ModelConfig, rngs: nnx.Rngs
     ) -> None:
-        self.weight: nnx.Param = nnx.Param(
-            config.init_std * jax.random.normal(rngs.params(), (out_features, in_features))
-        )
+        tables = [jax.random.normal(rngs.params(), (n, in_features)) for n in segments]
+        self.weight: nnx.Param = nnx.Param(config.init_std * jnp.concatenate(tables))
         self.norm = RMSNorm(in_features, config.norm_eps) if config.inner_norm else None
+        self.segments: Segments = segments if len(segments) > 1 else ()
         self.weights = config.weights
         self.activations = config.activations
         self.impl: ops.Impl = "auto"
+        self.fuse = True  # a packed product takes gate, norm and residual into its custom call
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map `[..., K]` to `[..., N]`, in x's dtype."""
-        if self.norm is not None:
-            x = self.norm(x)
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        gate: reference.Gate = "none",
+        norm: RMSNorm | None = None,
+        residual: jax.Array | None = None,
+    ) -> jax.Array:
+        """`residual + linear(norm(gate(x)))`: `[..., K]` (with a gate `[..., 2K]`) to `[..., N]`.
+
+        The neighbours are arguments so that the packed product can take them in: it then computes
+        in float32 from gate to sum, and nothing between travels to memory.
+        """
         weight = self.weight.get_value()
-        if not isinstance(weight, PackedTernary):
-            return self._fake_quantized(x, weight)
-        if self.activations == "float":
-            return reference.dequantized_matmul(x, weight)
-        return ops.ternary_matmul(x, weight, self.impl)
+        norms = [n for n in (norm, self.norm) if n is not None]
+        packed = isinstance(weight, PackedWeights) and self.activations != "float"
+        if packed and self.fuse and len(norms) < 2:
+            scale, eps = (norms[0].scale[...], norms[0].eps) if norms else (None, 0.0)
+            return ops.packed_matmul(
+                x, weight, gate=gate, norm=scale, eps=eps, residual=residual, impl=self.impl
+            )
+        if gate != "none":
+            x = reference.gated(gate, *jnp.split(x, 2, axis=-1))
+        for norm in norms:
+            x = norm(x)
+        if packed:
+            y = ops.packed_matmul(x, weight, impl=self.impl)
+        elif isinstance(weight, PackedWeights):
+            y = reference.dequantized_matmul(x, weight)
+        else:
+            y = self._fake_quantized(x, weight)
+        return y if residual is None else residual + y
 
     def _fake_quantized(self, x: jax.Array, w_NxK: jax.Array) -> jax.Array:
         dtype, shape, scale = x.dtype, x.shape, None
@@ -73,7 +100,8 @@ class BitLinear(nnx.Module):
         if self.activations != "float":
             x, scale = ACTIVATION_QUANTIZERS[self.activations](x)
         if self.weights != "float":
-            w_NxK, w_scale = WEIGHT_QUANTIZERS[self.weights](w_NxK)
+            w_NxK, w_scale = WEIGHT_QUANTIZERS[self.weights](w_NxK, self.segments)
+            w_scale = w_scale.reshape(1, -1)
             scale = w_scale if scale is None else scale * w_scale
         # Codes are exact in bfloat16 too (integers up to 256), and their sums in float32.
         y = jax.lax.dot_general(
@@ -103,24 +131,19 @@ def rotary(x_BxTxNxh: jax.Array, positions_BxT: jax.Array, theta: float) -> jax.
 
 
 class FeedForward(nnx.Module):
-    """`down(sub_norm(act(gate(x)) * up(x)))`, act = SiLU or ReLU^2 (arXiv 2002.05202, 2109.08668).
+    """`x + down(sub_norm(act(gate(n)) * up(n)))`, n = norm(x), act = SiLU or ReLU^2.
 
-    ReLU^2 overflows float16: run in bfloat16 or float32.
+    Sources: arXiv 2002.05202, 2109.08668. ReLU^2 overflows float16: run in bfloat16 or float32.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         D, F = config.hidden_size, config.intermediate_size
-        self.gate = BitLinear(D, F, config, rngs=rngs)
-        self.up = BitLinear(D, F, config, rngs=rngs)
+        self.gate_up = BitLinear(D, F, F, config=config, rngs=rngs)
         self.sub_norm = RMSNorm(F, config.norm_eps) if config.sub_norm else None
-        self.down = BitLinear(F, D, config, rngs=rngs)
+        self.down = BitLinear(F, D, config=config, rngs=rngs)
         self.activation = config.activation
 
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        """Returns `[B, T, D]`."""
-        gate = self.gate(x_BxTxD)
-        gate = jax.nn.silu(gate) if self.activation == "silu" else jnp.square(jax.nn.relu(gate))
-        hidden_BxTxF = gate * self.up(x_BxTxD)
-        if self.sub_norm is not None:
-            hidden_BxTxF = self.sub_norm(hidden_BxTxF)
-        return self.down(hidden_BxTxF)
+    def __call__(self, x_BxTxD: jax.Array, norm: RMSNorm | None) -> jax.Array:
+        """Returns `[B, T, D]`, the residual included."""
+        hidden_BxTx2F = self.gate_up(x_BxTxD, norm=norm)
+        return self.down(hidden_BxTx2F, gate=self.activation, norm=self.sub_norm, residual=x_BxTxD)

@@ -1,7 +1,8 @@
 """The decoder-only Transformer of BitNet b1.58 and its full-precision twin.
 
 One definition serves training, evaluation and packed inference: what its BitLinear layers hold
-decides (see `bitjax.model.layers`). Embedding, norms and head stay in full precision.
+decides (see `bitjax.model.layers`). Embedding, norms and head are trained in full precision; for
+inference embedding and head may be packed too.
 
 Layers are unrolled rather than scanned: a scan over stacked packed weights would copy them at
 every step.
@@ -17,9 +18,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bitjax import ops
 from bitjax.config import ModelConfig
 from bitjax.model.attention import Attention, KVCache
 from bitjax.model.layers import BitLinear, FeedForward, RMSNorm
+from bitjax.packing import PackedWeights, packed_rows
 
 Cache = tuple[KVCache, ...]  # one per layer
 
@@ -40,11 +43,8 @@ class Block(nnx.Module):
         self, x_BxTxD: jax.Array, positions_BxT: jax.Array, cache: KVCache | None
     ) -> tuple[jax.Array, KVCache | None]:
         """Returns `[B, T, D]` and the updated cache."""
-        normed = self.attention_norm(x_BxTxD) if self.attention_norm is not None else x_BxTxD
-        attended, cache = self.attention(normed, positions_BxT, cache)
-        x_BxTxD = x_BxTxD + attended
-        normed = self.ffn_norm(x_BxTxD) if self.ffn_norm is not None else x_BxTxD
-        return x_BxTxD + self.ffn(normed), cache
+        x_BxTxD, cache = self.attention(x_BxTxD, self.attention_norm, positions_BxT, cache)
+        return self.ffn(x_BxTxD, self.ffn_norm), cache
 
 
 class Transformer(nnx.Module):
@@ -65,6 +65,7 @@ class Transformer(nnx.Module):
 
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.impl: ops.Impl = "auto"  # of a packed head's product
         self.embedding = nnx.Param(table())
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -95,7 +96,7 @@ class Transformer(nnx.Module):
             raise ValueError(
                 f"positions have shape {positions_BxT.shape}; tokens have {tokens_BxT.shape}"
             )
-        x_BxTxD = self.embedding[...][tokens_BxT].astype(self.dtype)
+        x_BxTxD = _look_up(self.embedding.get_value(), tokens_BxT).astype(self.dtype)
         updated: list[KVCache] = []
         for i, block in enumerate(self.blocks):
             x_BxTxD, layer_cache = block(
@@ -107,9 +108,11 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 `[..., V]` from final hidden states `[..., D]`."""
-        table_VxD = (self.embedding if self.head is None else self.head)[...].astype(self.dtype)
+        table_VxD = (self.embedding if self.head is None else self.head).get_value()
+        if isinstance(table_VxD, PackedWeights):
+            return ops.packed_matmul(hidden.astype(jnp.float32), table_VxD, impl=self.impl)
         return jax.lax.dot_general(
-            hidden, table_VxD, (((hidden.ndim - 1,), (1,)), ((), ())),
+            hidden, table_VxD.astype(self.dtype), (((hidden.ndim - 1,), (1,)), ((), ())),
             preferred_element_type=jnp.float32,
         )  # fmt: skip
 
@@ -121,10 +124,16 @@ class Transformer(nnx.Module):
         )
 
 
+def _look_up(table: jax.Array | PackedWeights, tokens: jax.Array) -> jax.Array:
+    if isinstance(table, PackedWeights):
+        return packed_rows(table, tokens)
+    return table[tokens]
+
+
 def bit_linears(model: Transformer) -> Iterator[tuple[str, BitLinear]]:
-    """Every BitLinear with its dotted path, in a fixed order: `blocks.0.attention.q`, ..."""
+    """Every BitLinear with its dotted path, in a fixed order: `blocks.0.attention.qkv`, ..."""
     for i, block in enumerate(model.blocks):
-        for part, names in (("attention", "qkvo"), ("ffn", ("gate", "up", "down"))):
+        for part, names in (("attention", ("qkv", "o")), ("ffn", ("gate_up", "down"))):
             for name in names:
                 yield f"blocks.{i}.{part}.{name}", getattr(getattr(block, part), name)
 

@@ -15,41 +15,66 @@ from typing import Literal
 import jax
 
 from bitjax.ops import ffi, reference
-from bitjax.packing import PackedTernary
+from bitjax.ops.reference import Gate
+from bitjax.packing import PackedWeights
 
 Impl = Literal["auto", "ffi", "reference"]
 
 
-def ternary_matmul(x: jax.Array, weights: PackedTernary, impl: Impl = "auto") -> jax.Array:
-    """Product of int8-quantised activations with packed ternary weights.
+def packed_matmul(
+    x: jax.Array,
+    weights: PackedWeights,
+    *,
+    gate: Gate = "none",
+    norm: jax.Array | None = None,
+    eps: float = 0.0,
+    residual: jax.Array | None = None,
+    impl: Impl = "auto",
+) -> jax.Array:
+    """Product of int8-quantised activations with packed weights, with what stands around it.
 
-    `y = (int8_per_token(x) @ weights.T)` rescaled; see `bitjax.ops.reference` for the equations.
+    `y = rescale(int8_per_token(norm(gate(x))) @ weights.T) + residual`, in float32 from gate to
+    sum; `bitjax.ops.reference` has the equations. What is fused here never travels to memory.
 
     Args:
-        x: float32 or bfloat16 `[..., K]`.
+        x: float32 or bfloat16 `[..., K]`, or `[..., 2K]` with a gate: its gate and up halves.
         weights: packed N x K.
+        gate: joins the halves.
+        norm: float32 `[K]`, the scale of an RMSNorm.
+        eps: of the norm.
+        residual: `[..., N]` in x's dtype, added to the result.
         impl: which implementation, see the module's docstring.
 
     Returns:
         `[..., N]` in x's dtype.
 
     Raises:
-        ValueError: K differs from `weights.cols`, an unsupported dtype, or an unknown `impl`.
+        ValueError: shapes that do not fit, an unsupported dtype, or an unknown `impl` or `gate`.
         ModuleNotFoundError: `impl="ffi"` without the extension.
     """
-    if x.ndim < 1 or x.shape[-1] != weights.cols:
+    if gate not in ("none", "relu2", "silu"):
+        raise ValueError(f"gate={gate!r} is not none, relu2 or silu")
+    wanted = weights.cols * (1 if gate == "none" else 2)
+    if x.ndim < 1 or x.shape[-1] != wanted:
         raise ValueError(
-            f"ternary_matmul: x has shape {x.shape}; its last axis must be the "
-            f"{weights.cols} input features of the {weights.rows} x {weights.cols} weights"
+            f"packed_matmul: x has shape {x.shape}; its last axis must be {wanted} for the "
+            f"{weights.rows} x {weights.cols} weights and gate={gate!r}"
         )
-
-    def accelerated(x: jax.Array, weights: PackedTernary) -> jax.Array:
-        return ffi.ternary_matmul(x, weights.codes, weights.scale, rows=weights.rows)
-
+    if norm is not None and norm.shape != (weights.cols,):
+        raise ValueError(f"packed_matmul: norm has shape {norm.shape}; wanted ({weights.cols},)")
+    if residual is not None and residual.shape != (*x.shape[:-1], weights.rows):
+        raise ValueError(
+            f"packed_matmul: residual has shape {residual.shape}; "
+            f"wanted {(*x.shape[:-1], weights.rows)}"
+        )
     if impl == "reference" or (impl == "auto" and not ffi.available()):
-        return reference.ternary_matmul(x, weights)
+        return reference.packed_matmul(x, weights, gate, norm, eps, residual)
     if impl == "ffi":
-        return accelerated(x, weights)
+        return ffi.packed_matmul(x, weights, gate, norm, eps, residual)
     if impl != "auto":
         raise ValueError(f"impl={impl!r} is not auto, ffi or reference")
-    return jax.lax.platform_dependent(x, weights, cpu=accelerated, default=reference.ternary_matmul)
+    return jax.lax.platform_dependent(
+        x, weights, norm, residual,
+        cpu=lambda x, w, n, r: ffi.packed_matmul(x, w, gate, n, eps, r),
+        default=lambda x, w, n, r: reference.packed_matmul(x, w, gate, n, eps, r),
+    )  # fmt: skip

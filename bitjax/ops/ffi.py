@@ -1,13 +1,8 @@
-"""The ternary product as XLA custom calls on CPU: registration, shape checks, kernel choice.
+"""The packed product as XLA custom calls on CPU: registration and kernel choice.
 
-    y = dequant(q) @ dequant(W)^T,   dequant(q) = q * x_scale,   dequant(W) = (code - 1) * w_scale
-
-The arithmetic is stated in ffi/kernel.h and ffi/epilogue.h, the code layout in
+The arithmetic is stated in ffi/kernel.h and ffi/epilogue.h, the layouts of codes in
 ffi/packed_format.h (whose Python twin is bitjax/packing.py). This is the only importer of
 `bitjax._ffi`, and it imports it on first use, so that `import bitjax` works without the extension.
-
-Dimensions: M rows of activations, K input features, N output features (`rows` of the weight
-matrix), NB = ceil(N/16), KB = ceil(K/16).
 
 Deliberately absent: any fallback (that choice is `bitjax.ops`'), gradients (packed weights are for
 inference), and platforms other than CPU.
@@ -22,6 +17,9 @@ from types import ModuleType
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from bitjax.packing import LAYOUTS, PackedWeights
 
 _MODULE = "bitjax._ffi"
 _lock = threading.Lock()
@@ -91,83 +89,69 @@ def kernel_calls() -> dict[str, int]:
     return dict(_load().kernel_calls())
 
 
-def _check_codes(where: str, codes: jax.Array, features: int, rows: int, max_inputs: int) -> None:
-    if codes.dtype != jnp.uint8:
-        raise ValueError(f"{where}: codes wanted uint8, got {codes.dtype}")
-    if rows < 0:
-        raise ValueError(f"{where}: rows wanted >= 0, got {rows}")
-    if features > max_inputs:
-        raise ValueError(f"{where}: x wanted at most {max_inputs} features, got {features}")
-    wanted = (-(-rows // 16), -(-features // 16), 64)
-    if codes.shape != wanted:
-        raise ValueError(
-            f"{where}: codes wanted shape {wanted} for rows={rows} and x with {features} features, "
-            f"got {codes.shape}"
-        )
+_GATES = {"none": 0, "relu2": 1, "silu": 2}
 
 
-def ternary_matmul(x: jax.Array, codes: jax.Array, scale: jax.Array, *, rows: int) -> jax.Array:
-    """Quantises x per row to int8, multiplies with packed ternary weights, scales the result.
+def packed_matmul(
+    x: jax.Array,
+    weights: PackedWeights,
+    gate: str = "none",
+    norm: jax.Array | None = None,
+    eps: float = 0.0,
+    residual: jax.Array | None = None,
+) -> jax.Array:
+    """`bitjax.ops.packed_matmul` by the active kernel.
 
-    Args:
-      x: [..., K], float32 or bfloat16. A row with a NaN or an infinity gives a row of NaN.
-      codes: [NB, KB, 64] uint8, packed weights [N, K].
-      scale: [] float32; multiplies the weights.
-      rows: N, the output features; static.
-
-    Returns:
-      [..., N] in x's dtype.
+    A row with a NaN or an infinity gives a row of NaN. Shapes are checked by the custom call.
 
     Raises:
-      ValueError: a shape or dtype is not as above (at trace time), or BITJAX_KERNEL names a kernel
-        this machine cannot run (at run time).
+      ValueError: x is neither float32 nor bfloat16; or, when the program runs, shapes or dtypes
+        that do not fit, or BITJAX_KERNEL names a kernel this machine cannot run.
       ModuleNotFoundError: the extension is not installed.
     """
-    where = "ternary_matmul"
-    extension = _load()
     if x.dtype not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"{where}: x wanted float32 or bfloat16, got {x.dtype}")
-    if x.ndim < 1:
-        raise ValueError(f"{where}: x wanted shape [..., K], got {x.shape}")
-    if scale.dtype != jnp.float32 or scale.shape != ():
-        raise ValueError(f"{where}: scale wanted float32 (), got {scale.dtype} {scale.shape}")
-    *lead, features = x.shape
-    _check_codes(where, codes, features, rows, extension.MAX_INPUTS)
-    x_MxK = x.reshape(math.prod(lead), features)
-    call = jax.ffi.ffi_call(
-        "bitjax_ternary_matmul",
-        jax.ShapeDtypeStruct((x_MxK.shape[0], rows), x.dtype),
-        vmap_method="expand_dims",
-    )
-    return call(x_MxK, codes, scale).reshape(*lead, rows)
+        raise ValueError(f"packed_matmul: x wanted float32 or bfloat16, got {x.dtype}")
+    return _call(
+        "bitjax_packed_matmul", x, weights, x.dtype, norm, residual,
+        gate=np.int64(_GATES[gate]), eps=np.float32(eps),
+    )  # fmt: skip
 
 
-def ternary_matmul_i32(x_q: jax.Array, codes: jax.Array, *, rows: int) -> jax.Array:
-    """The exact integer product of int8 activations and packed ternary weights.
-
-    Args:
-      x_q: [..., K] int8, any values in -128..127.
-      codes: [NB, KB, 64] uint8, packed weights [N, K].
-      rows: N, the output features; static.
-
-    Returns:
-      [..., N] int32.
+def packed_matmul_i32(q: jax.Array, weights: PackedWeights) -> jax.Array:
+    """The exact integer product of int8 `[..., K]` and packed weights: int32 `[..., N]`.
 
     Raises:
-      ValueError, ModuleNotFoundError: as `ternary_matmul`.
+      ValueError: q is not int8; otherwise as `packed_matmul`.
     """
-    where = "ternary_matmul_i32"
-    extension = _load()
-    if x_q.dtype != jnp.int8:
-        raise ValueError(f"{where}: x_q wanted int8, got {x_q.dtype}")
-    if x_q.ndim < 1:
-        raise ValueError(f"{where}: x_q wanted shape [..., K], got {x_q.shape}")
-    *lead, features = x_q.shape
-    _check_codes(where, codes, features, rows, extension.MAX_INPUTS)
-    q_MxK = x_q.reshape(math.prod(lead), features)
+    if q.dtype != jnp.int8:
+        raise ValueError(f"packed_matmul_i32: q wanted int8, got {q.dtype}")
+    return _call("bitjax_packed_matmul_i32", q, weights, jnp.dtype(jnp.int32), None, None)
+
+
+def _call(
+    name: str,
+    x: jax.Array,
+    weights: PackedWeights,
+    dtype: jnp.dtype,
+    norm: jax.Array | None,
+    residual: jax.Array | None,
+    **attributes: np.generic,
+) -> jax.Array:
+    _load()
+    *lead, features = x.shape
+    rows = math.prod(lead)
+    multipliers = weights.multipliers
+    if multipliers is None:
+        multipliers = jnp.zeros((0, 0, 0), jnp.uint8)
+    if norm is None:
+        norm = jnp.zeros((0,), jnp.float32)
+    residual_dtype = x.dtype if x.dtype != jnp.int8 else jnp.float32
+    residual = jnp.zeros((rows, 0), residual_dtype) if residual is None else residual
     call = jax.ffi.ffi_call(
-        "bitjax_ternary_matmul_i32",
-        jax.ShapeDtypeStruct((q_MxK.shape[0], rows), jnp.int32),
-        vmap_method="expand_dims",
+        name, jax.ShapeDtypeStruct((rows, weights.rows), dtype), vmap_method="expand_dims"
     )
-    return call(q_MxK, codes).reshape(*lead, rows)
+    y = call(
+        x.reshape(rows, features), weights.codes, multipliers, weights.scale.reshape(-1), norm,
+        residual.reshape(rows, -1), layout=np.int64(LAYOUTS[weights.layout].number), **attributes,
+    )  # fmt: skip
+    return y.reshape(*lead, weights.rows)

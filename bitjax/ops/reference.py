@@ -1,48 +1,75 @@
 """Pure JAX twins of the custom calls: any backend, any shape, no extension needed.
 
-They read like the mathematics and define what every kernel must compute:
-
-    q, s_x = int8_per_token(x)                  (bitjax.quant)
-    acc[n] = sum_k q[k] * w[n, k]               an exact integer
-    y[n]   = float32(acc[n]) * (s_x * s_w)      in this association, then cast to x's dtype
+They read like the mathematics and define what every kernel must compute.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
-from bitjax.packing import PackedTernary, unpack
+from bitjax.packing import PackedWeights, unpack
 from bitjax.quant import EXACT_FLOAT32_TERMS, int8_per_token
 
+Gate = Literal["none", "relu2", "silu"]
 
-def ternary_matmul(x: jax.Array, weights: PackedTernary) -> jax.Array:
-    """`int8(x) @ weights.T`, rescaled.
 
-    Args:
-        x: float `[..., K]`.
-        weights: N x K.
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, float32 (arXiv 1910.07467)."""
+    x = x.astype(jnp.float32)
+    mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
+    scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
+    return x * jax.lax.rsqrt(mean_square + eps) * scale
 
-    Returns:
-        `[..., N]` in x's dtype. A token with NaN or an infinity gives NaN.
+
+def gated(gate: Gate, x: jax.Array, up: jax.Array) -> jax.Array:
+    """`act(x) * up`, act = SiLU or ReLU^2 (arXiv 2002.05202, 2109.08668)."""
+    return (jax.nn.silu(x) if gate == "silu" else jnp.square(jax.nn.relu(x))) * up
+
+
+def packed_matmul(
+    x: jax.Array,
+    weights: PackedWeights,
+    gate: Gate = "none",
+    norm: jax.Array | None = None,
+    eps: float = 0.0,
+    residual: jax.Array | None = None,
+) -> jax.Array:
+    """`int8(norm(gate(x))) @ weights.T`, rescaled, plus the residual; see `bitjax.ops`.
+
+    q, s_x = int8_per_token(norm(gate(x)))      float32 throughout
+    acc[n] = sum_k q[k] * w[n, k]               an exact integer
+    y[n]   = float32(acc[n]) * (s_x * s_w[n]) + residual[n]
     """
+    dtype = x.dtype
+    if gate != "none":
+        x = gated(gate, *jnp.split(x.astype(jnp.float32), 2, axis=-1))
+    if norm is not None:
+        x = rms_norm(x, norm, eps)
     q, x_scale = int8_per_token(x)
-    if weights.cols <= EXACT_FLOAT32_TERMS:  # float32 sums are exact, and XLA's fastest product
+    ternary = weights.layout.startswith("ternary")
+    if ternary and weights.cols <= EXACT_FLOAT32_TERMS:  # exact in float32, XLA's fastest product
         acc = _product(q, unpack(weights).astype(jnp.float32), jnp.float32)
     else:
-        acc = ternary_matmul_i32(q.astype(jnp.int8), weights).astype(jnp.float32)
-    return (acc * (x_scale * weights.scale)).astype(x.dtype)
+        acc = packed_matmul_i32(q.astype(jnp.int8), weights).astype(jnp.float32)
+    w_scale = weights.scale.reshape((1,) * (acc.ndim - 1) + (-1,))
+    y = acc * (x_scale * w_scale)
+    if residual is not None:
+        y = y + residual.astype(jnp.float32)
+    return y.astype(dtype)
 
 
-def ternary_matmul_i32(q: jax.Array, weights: PackedTernary) -> jax.Array:
+def packed_matmul_i32(q: jax.Array, weights: PackedWeights) -> jax.Array:
     """The integer product alone: int8 `[..., K]` and N x K weights to int32 `[..., N]`."""
     return _product(q, unpack(weights), jnp.int32)
 
 
-def dequantized_matmul(x: jax.Array, weights: PackedTernary) -> jax.Array:
-    """`x @ (codes * scale).T` with x not quantised: ternary weights under float activations."""
+def dequantized_matmul(x: jax.Array, weights: PackedWeights) -> jax.Array:
+    """`x @ (w * scale).T` with x not quantised: packed weights under float activations."""
     acc = _product(x, unpack(weights).astype(x.dtype), jnp.float32)
-    return (acc * weights.scale).astype(x.dtype)
+    return (acc * weights.scale.reshape((1,) * (acc.ndim - 1) + (-1,))).astype(x.dtype)
 
 
 def _product(x: jax.Array, w_NxK: jax.Array, accumulator: type) -> jax.Array:

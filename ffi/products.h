@@ -1,0 +1,453 @@
+// The products of kernel.h, written once for every instruction set that has vectors.
+//
+// An instruction-set file defines a struct `Isa` in its anonymous namespace and instantiates these
+// templates with it; they then have internal linkage, and no code crosses from one set to another.
+//
+//   Isa::Bytes               a vector of kLanes * 4 bytes: codes of kLanes rows, 4 inputs each
+//   Isa::Sums                a vector of kLanes int32
+//   Isa::kLanes              rows in a vector, a divisor of 16
+//   Isa::kPanelBlocks        row blocks of a panel
+//   Isa::kTileRows           activation rows of a panel product: with the panel's vectors, as many
+//                            accumulators as the registers hold
+//   Isa::stream_vectors(m)   vectors of a block that few_rows() takes in one pass
+//   Isa::kMaskInPlace        whether codes scaled by a power of their base may be multiplied: they
+//                            save shifts, and want 32-bit products
+//   Isa::Dot<max_code>       multiplies: Narrow, kSpan (calls that Narrow can take before widen()),
+//                            dot(Narrow, Bytes codes, int32 group of 4 activations),
+//                            widen(Sums, Narrow)
+//   Isa::kHasTritTable       whether there is trit_fields(b): 2-bit fields of the base-3 digits of
+//                            0..80; otherwise there is trit_of_multiple(b): the digit d of 3d, 9d or
+//                            27d, which kNibbleTrits tells from the low four bits
+//   and, on vectors, load, store, splat, land, sub, umin, shr<n> (16-bit units), mul_bytes (modulo
+//   256); splat32, add, sub32, mul32, sar<n>, load_sums, store_sums, load_lane_bytes (one byte a
+//   row, widened to Sums), repeat_lane_bytes (one byte a row, in all four bytes of its lane).
+#ifndef BITJAX_FFI_PRODUCTS_H_
+#define BITJAX_FFI_PRODUCTS_H_
+
+#include <cstdint>
+
+#include "kernel.h"
+#include "rows.h"
+
+namespace bitjax {
+
+// ---- layouts: a vector of packed bytes to planes -------------------------------------------------
+//
+// clean() gives codes, scaled() codes times a factor that differs by plane and costs less to reach;
+// unscale() divides sums by it, exactly, for they are multiples of it.
+
+template <class Isa>
+struct Ternary2 {
+  using Bytes = typename Isa::Bytes;
+  using Sums = typename Isa::Sums;
+  static constexpr Layout kLayout = Layout::kTernary2;
+  static constexpr int kPlanes = spec(kLayout).planes;
+  static constexpr int kMaxCode = 3;
+
+  static void clean(Bytes b, Bytes (&plane)[kPlanes]) {
+    const Bytes mask = Isa::splat(3);
+    // Shifts move 16-bit units and drag bits of the neighbouring byte in; the mask removes them.
+    plane[0] = Isa::land(b, mask);
+    plane[1] = Isa::land(Isa::template shr<2>(b), mask);
+    plane[2] = Isa::land(Isa::template shr<4>(b), mask);
+    plane[3] = Isa::land(Isa::template shr<6>(b), mask);
+  }
+  static void scaled(Bytes b, Bytes (&plane)[kPlanes]) {  // by 4^s
+    for (int s = 0; s < kPlanes; ++s)
+      plane[s] = Isa::land(b, Isa::splat(static_cast<uint8_t>(3 << (2 * s))));
+  }
+  static Sums unscale(const Sums (&sum)[kPlanes]) {
+    return Isa::add(Isa::add(sum[0], Isa::template sar<2>(sum[1])),
+                    Isa::add(Isa::template sar<4>(sum[2]), Isa::template sar<6>(sum[3])));
+  }
+};
+
+// Digits are taken from the top: remainder<81> leaves 0..80 and the difference is 81 * digit. The
+// other four digits of 0..80 come, as 2-bit fields like those of Ternary2, from a table where the
+// instruction set has one of 81 entries, or one by one.
+template <class Isa>
+struct Ternary16 {
+  using Bytes = typename Isa::Bytes;
+  using Sums = typename Isa::Sums;
+  static constexpr Layout kLayout = Layout::kTernary16;
+  static constexpr int kPlanes = spec(kLayout).planes;
+  static constexpr int kMaxCode = 3;
+
+  // b mod m for b < 3m: where b < m, b - m wraps around to a large value, and the minimum keeps b.
+  static Bytes remainder(Bytes b, uint8_t m) {
+    b = Isa::umin(b, Isa::sub(b, Isa::splat(m)));
+    return Isa::umin(b, Isa::sub(b, Isa::splat(m)));
+  }
+  // planes 3, 2, 1, 0 of 27 * d3 + 9 * d2 + 3 * d1 + d0, each times its power of three
+  static void digits(Bytes rest, Bytes (&plane)[kPlanes]) {
+    for (int s = 3; s > 0; --s) {
+      const Bytes below = remainder(rest, kPowersOf3[s]);
+      plane[s] = Isa::sub(rest, below);
+      rest = below;
+    }
+    plane[0] = rest;
+  }
+  static void clean(Bytes b, Bytes (&plane)[kPlanes]) {
+    const Bytes rest = remainder(b, 81);
+    const Bytes mask = Isa::splat(3);
+    const Bytes top = Isa::land(Isa::sub(b, rest), mask);  // 0, 81, 162 end in the bits 0, 1, 2
+    if constexpr (Isa::kHasTritTable) {
+      Bytes fields[4];
+      Ternary2<Isa>::clean(Isa::trit_fields(rest), fields);
+      for (int s = 0; s < 4; ++s) plane[s] = fields[s];
+    } else {
+      digits(rest, plane);
+      for (int s = 1; s < 4; ++s) plane[s] = Isa::trit_of_multiple(plane[s]);
+    }
+    plane[4] = top;
+  }
+  static void scaled(Bytes b, Bytes (&plane)[kPlanes]) {
+    const Bytes rest = remainder(b, 81);
+    plane[4] = Isa::sub(b, rest);  // by 81
+    if constexpr (Isa::kHasTritTable) {
+      Bytes fields[4];
+      Ternary2<Isa>::scaled(Isa::trit_fields(rest), fields);  // by 4^s
+      for (int s = 0; s < 4; ++s) plane[s] = fields[s];
+    } else {
+      digits(rest, plane);  // by 3^s
+    }
+  }
+  static Sums unscale(const Sums (&sum)[kPlanes]) {
+    // Multiplying by the inverse of 3^s modulo 2^32 divides a multiple of 3^s.
+    const Sums top = Isa::mul32(sum[4], Isa::splat32(static_cast<int32_t>(0x781948B1U)));
+    if constexpr (Isa::kHasTritTable) {
+      return Isa::add(top, Ternary2<Isa>::unscale({sum[0], sum[1], sum[2], sum[3]}));
+    } else {
+      const Sums d1 = Isa::mul32(sum[1], Isa::splat32(static_cast<int32_t>(0xAAAAAAABU)));
+      const Sums d2 = Isa::mul32(sum[2], Isa::splat32(static_cast<int32_t>(0x38E38E39U)));
+      const Sums d3 = Isa::mul32(sum[3], Isa::splat32(static_cast<int32_t>(0x684BDA13U)));
+      return Isa::add(top, Isa::add(Isa::add(sum[0], d1), Isa::add(d2, d3)));
+    }
+  }
+};
+
+template <class Isa>
+struct Int4 {
+  using Bytes = typename Isa::Bytes;
+  using Sums = typename Isa::Sums;
+  static constexpr Layout kLayout = Layout::kInt4;
+  static constexpr int kPlanes = spec(kLayout).planes;
+  static constexpr int kMaxCode = 15;
+
+  static void clean(Bytes b, Bytes (&plane)[kPlanes]) {
+    const Bytes mask = Isa::splat(15);
+    plane[0] = Isa::land(b, mask);
+    plane[1] = Isa::land(Isa::template shr<4>(b), mask);
+  }
+  static void scaled(Bytes b, Bytes (&plane)[kPlanes]) {  // by 16^s
+    plane[0] = Isa::land(b, Isa::splat(0x0F));
+    plane[1] = Isa::land(b, Isa::splat(0xF0));
+  }
+  static Sums unscale(const Sums (&sum)[kPlanes]) {
+    return Isa::add(sum[0], Isa::template sar<4>(sum[1]));
+  }
+};
+
+template <class Isa>
+struct Int8 {
+  using Bytes = typename Isa::Bytes;
+  using Sums = typename Isa::Sums;
+  static constexpr Layout kLayout = Layout::kInt8;
+  static constexpr int kPlanes = 1;
+  static constexpr int kMaxCode = 255;
+
+  static void clean(Bytes b, Bytes (&plane)[kPlanes]) { plane[0] = b; }
+  static void scaled(Bytes b, Bytes (&plane)[kPlanes]) { plane[0] = b; }
+  static Sums unscale(const Sums (&sum)[kPlanes]) { return sum[0]; }
+};
+
+inline int32_t four_activations(const int8_t* q) {
+  int32_t group;
+  __builtin_memcpy(&group, q, sizeof group);
+  return group;
+}
+
+// Low four bits of 0, 3, 6; 0, 9, 18; 0, 27, 54 to 0, 1, 2.
+constexpr uint8_t kNibbleTrits[16] = {0, 0, 2, 1, 0, 0, 2, 0, 0, 1, 0, 1, 0, 0, 0, 0};
+
+// 2-bit fields of the four base-3 digits of each index below 81.
+struct TritFields {
+  uint8_t fields[128] = {};
+  constexpr TritFields() {
+    for (int b = 0; b < 81; ++b)
+      for (int s = 0; s < 4; ++s)
+        fields[b] = static_cast<uint8_t>(fields[b] | (b / kPowersOf3[s] % 3) << (2 * s));
+  }
+};
+
+// ---- few rows --------------------------------------------------------------------------------------
+//
+// One consecutive stream of blocks, each met by all M rows: two streams (two row blocks at once,
+// which would save broadcasts) halve the speed from memory. H vectors of a block are taken in one
+// pass over it.
+
+// How far ahead codes are asked for: two pages, for the hardware's own prefetcher stops at the end of
+// one. Row blocks follow each other, so this is what comes next; past the end it does nothing.
+constexpr int kPrefetchBytes = 8192;
+
+// Codes scaled in their places; every plane has its accumulator. The H * M * planes accumulators
+// are as many independent chains, which hide the dot product's latency.
+template <class Isa, template <class> class L, int M, int H>
+void masked_rows(const PackedRows& w, const FewActivations& x, int32_t* out, int64_t out_stride) {
+  using Lay = L<Isa>;
+  using Bytes = typename Isa::Bytes;
+  using Sums = typename Isa::Sums;
+  using Dot = typename Isa::template Dot<Lay::kMaxCode>;
+  constexpr int P = Lay::kPlanes;
+  for (int64_t row = 0; row < w.row_blocks; ++row) {
+    const uint8_t* codes = w.codes + row * w.input_blocks * kBlockBytes;
+    for (int v = 0; v < kBlockRows / Isa::kLanes; v += H) {
+      Sums acc[H][M][P];
+      for (int h = 0; h < H; ++h)
+        for (int i = 0; i < M; ++i)
+          for (int s = 0; s < P; ++s) acc[h][i][s] = Isa::splat32(0);
+      for (int64_t kb = 0; kb < w.input_blocks; ++kb) {
+        __builtin_prefetch(codes + kb * kBlockBytes + kPrefetchBytes);
+        Bytes plane[H][P];
+        for (int h = 0; h < H; ++h)
+          Lay::scaled(Isa::load(codes + kb * kBlockBytes + (v + h) * Isa::kLanes * kLaneBytes),
+                      plane[h]);
+        const int8_t* a = x.q + kb * P * kLaneBytes;
+        for (int s = 0; s < P; ++s)
+          for (int i = 0; i < M; ++i) {
+            const int32_t group = four_activations(a + i * x.q_stride + s * kLaneBytes);
+            for (int h = 0; h < H; ++h) acc[h][i][s] = Dot::dot(acc[h][i][s], plane[h][s], group);
+          }
+      }
+      for (int h = 0; h < H; ++h)
+        for (int i = 0; i < M; ++i)
+          Isa::store_sums(out + i * out_stride + row * kBlockRows + (v + h) * Isa::kLanes,
+                          Lay::unscale(acc[h][i]));
+    }
+  }
+}
+
+// Codes as they are, one accumulator a row, in spans that its width can take.
+template <class Isa, template <class> class L, int M, int H>
+void clean_rows(const PackedRows& w, const FewActivations& x, int32_t* out, int64_t out_stride) {
+  using Lay = L<Isa>;
+  using Bytes = typename Isa::Bytes;
+  using Sums = typename Isa::Sums;
+  using Dot = typename Isa::template Dot<Lay::kMaxCode>;
+  constexpr int P = Lay::kPlanes;
+  for (int64_t row = 0; row < w.row_blocks; ++row) {
+    const uint8_t* codes = w.codes + row * w.input_blocks * kBlockBytes;
+    for (int v = 0; v < kBlockRows / Isa::kLanes; v += H) {
+      Sums acc[H][M];
+      for (int h = 0; h < H; ++h)
+        for (int i = 0; i < M; ++i) acc[h][i] = Isa::splat32(0);
+      for (int64_t kb = 0; kb < w.input_blocks;) {
+        const int64_t span = Dot::kSpan / P;
+        const int64_t end = kb + span < w.input_blocks ? kb + span : w.input_blocks;
+        typename Dot::Narrow narrow[H][M];
+        for (int h = 0; h < H; ++h)
+          for (int i = 0; i < M; ++i) narrow[h][i] = Dot::none();
+        for (; kb < end; ++kb) {
+          Bytes plane[H][P];
+          __builtin_prefetch(codes + kb * kBlockBytes + kPrefetchBytes);
+          for (int h = 0; h < H; ++h)
+            Lay::clean(Isa::load(codes + kb * kBlockBytes + (v + h) * Isa::kLanes * kLaneBytes),
+                       plane[h]);
+          const int8_t* a = x.q + kb * P * kLaneBytes;
+          for (int s = 0; s < P; ++s)
+            for (int i = 0; i < M; ++i) {
+              const int32_t group = four_activations(a + i * x.q_stride + s * kLaneBytes);
+              for (int h = 0; h < H; ++h) narrow[h][i] = Dot::dot(narrow[h][i], plane[h][s], group);
+            }
+        }
+        for (int h = 0; h < H; ++h)
+          for (int i = 0; i < M; ++i) acc[h][i] = Dot::widen(acc[h][i], narrow[h][i]);
+      }
+      for (int h = 0; h < H; ++h)
+        for (int i = 0; i < M; ++i)
+          Isa::store_sums(out + i * out_stride + row * kBlockRows + (v + h) * Isa::kLanes,
+                          acc[h][i]);
+    }
+  }
+}
+
+// int4: after each group of blocks the sums, freed of their offset, are multiplied.
+template <class Isa, int M>
+void grouped_rows(const PackedRows& w, const FewActivations& x, int32_t* out, int64_t out_stride) {
+  using Lay = Int4<Isa>;
+  using Bytes = typename Isa::Bytes;
+  using Sums = typename Isa::Sums;
+  using Dot = typename Isa::template Dot<Lay::kMaxCode>;
+  constexpr LayoutSpec kSpec = spec(Layout::kInt4);
+  constexpr int P = Lay::kPlanes;
+  static_assert(Dot::kSpan >= P * kSpec.group_blocks, "a group fits the narrow sums");
+  const int64_t groups = w.input_blocks / kSpec.group_blocks;
+  for (int64_t row = 0; row < w.row_blocks; ++row) {
+    const uint8_t* codes = w.codes + row * w.input_blocks * kBlockBytes;
+    const uint8_t* multipliers = w.multipliers + row * groups * kBlockRows;
+    for (int v = 0; v < kBlockRows / Isa::kLanes; ++v) {
+      Sums acc[M];
+      for (int i = 0; i < M; ++i) acc[i] = Isa::splat32(0);
+      for (int64_t g = 0; g < groups; ++g) {
+        typename Dot::Narrow narrow[M];
+        for (int i = 0; i < M; ++i) narrow[i] = Dot::none();
+        for (int b = 0; b < kSpec.group_blocks; ++b) {
+          const int64_t kb = g * kSpec.group_blocks + b;
+          __builtin_prefetch(codes + kb * kBlockBytes + kPrefetchBytes);
+          Bytes plane[P];
+          Lay::clean(Isa::load(codes + kb * kBlockBytes + v * Isa::kLanes * kLaneBytes), plane);
+          const int8_t* a = x.q + kb * P * kLaneBytes;
+          for (int s = 0; s < P; ++s)
+            for (int i = 0; i < M; ++i)
+              narrow[i] = Dot::dot(narrow[i], plane[s],
+                                   four_activations(a + i * x.q_stride + s * kLaneBytes));
+        }
+        const Sums m = Isa::load_lane_bytes(multipliers + g * kBlockRows + v * Isa::kLanes);
+        for (int i = 0; i < M; ++i) {
+          const int32_t offset = kSpec.offset * x.group_sums[i * x.group_stride + g];
+          const Sums sum = Dot::widen(Isa::splat32(-offset), narrow[i]);
+          acc[i] = Isa::add(acc[i], Isa::mul32(sum, m));
+        }
+      }
+      for (int i = 0; i < M; ++i)
+        Isa::store_sums(out + i * out_stride + row * kBlockRows + v * Isa::kLanes, acc[i]);
+    }
+  }
+}
+
+template <class Isa, template <class> class L, int M>
+void few_rows_of(const PackedRows& w, const FewActivations& x, int32_t* out, int64_t out_stride) {
+  constexpr int H = Isa::stream_vectors(M);
+  if constexpr (spec(L<Isa>::kLayout).group_blocks != 0) {
+    grouped_rows<Isa, M>(w, x, out, out_stride);
+  } else if constexpr (Isa::mask_in_place(M)) {
+    masked_rows<Isa, L, M, H>(w, x, out, out_stride);
+  } else {
+    clean_rows<Isa, L, M, H>(w, x, out, out_stride);
+  }
+}
+
+template <class Isa, template <class> class L>
+void few_rows(const PackedRows& w, const FewActivations& x, int32_t* out, int64_t out_stride) {
+  switch (x.m) {
+    case 1: return few_rows_of<Isa, L, 1>(w, x, out, out_stride);
+    case 2: return few_rows_of<Isa, L, 2>(w, x, out, out_stride);
+    case 3: return few_rows_of<Isa, L, 3>(w, x, out, out_stride);
+    default: return few_rows_of<Isa, L, 4>(w, x, out, out_stride);
+  }
+}
+static_assert(kFewRows == 4, "few_rows has a case for every number of rows");
+
+// ---- panels ----------------------------------------------------------------------------------------
+
+template <class Isa, template <class> class L>
+void unpack_panel(const PackedRows& w, int64_t first, int64_t last, uint8_t* panel) {
+  using Lay = L<Isa>;
+  using Bytes = typename Isa::Bytes;
+  constexpr LayoutSpec kSpec = spec(Lay::kLayout);
+  constexpr int P = Lay::kPlanes;
+  constexpr int64_t kStep = Isa::kPanelBlocks * kBlockBytes;
+  for (int row = 0; row < w.row_blocks; ++row) {
+    const uint8_t* codes = w.codes + row * w.input_blocks * kBlockBytes;
+    for (int v = 0; v < kBlockRows / Isa::kLanes; ++v) {
+      uint8_t* to = panel + row * kBlockBytes + v * Isa::kLanes * kLaneBytes;
+      for (int64_t kb = first; kb < last; ++kb) {
+        Bytes plane[P];
+        Lay::clean(Isa::load(codes + kb * kBlockBytes + v * Isa::kLanes * kLaneBytes), plane);
+        if constexpr (kSpec.group_blocks != 0) {
+          // (c - 8) * m + 128 modulo 256, where m * 8 <= 120
+          const int64_t groups = w.input_blocks / kSpec.group_blocks;
+          const Bytes m = Isa::repeat_lane_bytes(
+              w.multipliers + (row * groups + kb / kSpec.group_blocks) * kBlockRows +
+              v * Isa::kLanes);
+          const Bytes bias = Isa::sub(Isa::splat(panel_offset(Lay::kLayout)),
+                                      Isa::mul_bytes(m, Isa::splat(kSpec.offset)));
+          for (int s = 0; s < P; ++s) plane[s] = Isa::add_bytes(Isa::mul_bytes(plane[s], m), bias);
+        }
+        for (int s = 0; s < P; ++s, to += kStep) Isa::store(to, plane[s]);
+      }
+    }
+  }
+}
+
+// M activation rows meet V vectors of a panel; all sums stay in registers for a span.
+template <class Isa, int max_code, int M, int V>
+void panel_columns(const uint8_t* panel, int64_t groups, const int8_t* q, int64_t q_stride,
+                   int32_t* acc) {
+  using Bytes = typename Isa::Bytes;
+  using Dot = typename Isa::template Dot<max_code>;
+  constexpr int64_t kStep = Isa::kPanelBlocks * kBlockBytes;
+  constexpr int64_t kAccStride = Isa::kPanelBlocks * kBlockRows;
+  for (int64_t g = 0; g < groups;) {
+    const int64_t end = g + Dot::kSpan < groups ? g + Dot::kSpan : groups;
+    typename Dot::Narrow narrow[M][V];
+    for (int i = 0; i < M; ++i)
+      for (int v = 0; v < V; ++v) narrow[i][v] = Dot::none();
+    for (; g < end; ++g) {
+      Bytes w[V];
+      for (int v = 0; v < V; ++v)
+        w[v] = Isa::load(panel + g * kStep + v * Isa::kLanes * kLaneBytes);
+      for (int i = 0; i < M; ++i) {
+        const int32_t group = four_activations(q + i * q_stride + g * kLaneBytes);
+        for (int v = 0; v < V; ++v) narrow[i][v] = Dot::dot(narrow[i][v], w[v], group);
+      }
+    }
+    for (int i = 0; i < M; ++i)
+      for (int v = 0; v < V; ++v) {
+        int32_t* at = acc + i * kAccStride + v * Isa::kLanes;
+        Isa::store_sums(at, Dot::widen(Isa::load_sums(at), narrow[i][v]));
+      }
+  }
+}
+
+template <class Isa, int max_code, int M>
+void panel_rows(const uint8_t* panel, int64_t groups, const int8_t* q, int64_t q_stride,
+                int32_t* acc) {
+  constexpr int V = Isa::kTileVectors;
+  static_assert(Isa::kPanelBlocks * kBlockRows % (V * Isa::kLanes) == 0, "whole tiles");
+  for (int n = 0; n < Isa::kPanelBlocks * kBlockRows; n += V * Isa::kLanes)
+    panel_columns<Isa, max_code, M, V>(panel + n * kLaneBytes, groups, q, q_stride, acc + n);
+}
+
+template <class Isa, int max_code>
+void panel_product(const uint8_t* panel, int64_t groups, const int8_t* q, int64_t q_stride, int m,
+                   int32_t* acc) {
+  switch (m) {
+    case 1: return panel_rows<Isa, max_code, 1>(panel, groups, q, q_stride, acc);
+    case 2: return panel_rows<Isa, max_code, 2>(panel, groups, q, q_stride, acc);
+    case 3: return panel_rows<Isa, max_code, 3>(panel, groups, q, q_stride, acc);
+    default:
+      if constexpr (Isa::kTileRows > 3) {
+        switch (m) {
+          case 4: return panel_rows<Isa, max_code, 4>(panel, groups, q, q_stride, acc);
+          case 5: return panel_rows<Isa, max_code, 5>(panel, groups, q, q_stride, acc);
+          default: return panel_rows<Isa, max_code, 6>(panel, groups, q, q_stride, acc);
+        }
+      }
+  }
+}
+
+template <class Isa>
+Kernel make_kernel(const char* name, QuantizeRow<float> quantize_f32,
+                   QuantizeRow<uint16_t> quantize_bf16) {
+  static_assert(Isa::kTileRows == 3 || Isa::kTileRows == 6, "panel_product has these cases");
+  static_assert(Isa::kPanelBlocks <= kMaxPanelBlocks, "panels fit the callers' buffers");
+  return {name,
+          quantize_f32,
+          quantize_bf16,
+          relu2_gate,
+          silu_gate,
+          rms_norm,
+          {few_rows<Isa, Ternary2>, few_rows<Isa, Ternary16>, few_rows<Isa, Int4>,
+           few_rows<Isa, Int8>},
+          {unpack_panel<Isa, Ternary2>, unpack_panel<Isa, Ternary16>, unpack_panel<Isa, Int4>,
+           unpack_panel<Isa, Int8>},
+          panel_product<Isa, 3>,
+          panel_product<Isa, 255>,
+          Isa::kPanelBlocks,
+          Isa::kTileRows};
+}
+
+}  // namespace bitjax
+
+#endif  // BITJAX_FFI_PRODUCTS_H_

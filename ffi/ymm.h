@@ -1,0 +1,72 @@
+// What AVX2 and AVX-VNNI share: vectors of half a block. Included by their kernel files alone.
+#ifndef BITJAX_FFI_YMM_H_
+#define BITJAX_FFI_YMM_H_
+
+#include <immintrin.h>
+
+#include "products.h"
+
+namespace bitjax {
+namespace {
+
+struct Ymm {
+  using Bytes = __m256i;
+  using Sums = __m256i;
+  static constexpr int kLanes = 8;
+  // 3 rows x 4 vectors: 12 accumulators, a vector of codes and 3 broadcasts are the 16 registers.
+  static constexpr int kPanelBlocks = 2;
+  static constexpr int kTileVectors = 4;
+  static constexpr int kTileRows = 3;
+
+  static Bytes load(const uint8_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static void store(uint8_t* p, Bytes b) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), b);
+  }
+  static Bytes splat(uint8_t b) { return _mm256_set1_epi8(static_cast<char>(b)); }
+  static Bytes land(Bytes a, Bytes b) { return _mm256_and_si256(a, b); }
+  static Bytes sub(Bytes a, Bytes b) { return _mm256_sub_epi8(a, b); }
+  static Bytes add_bytes(Bytes a, Bytes b) { return _mm256_add_epi8(a, b); }
+  static Bytes umin(Bytes a, Bytes b) { return _mm256_min_epu8(a, b); }
+  template <int n>
+  static Bytes shr(Bytes a) {
+    return _mm256_srli_epi16(a, n);
+  }
+  static Bytes mul_bytes(Bytes a, Bytes b) {
+    const Bytes even = _mm256_and_si256(_mm256_mullo_epi16(a, b), _mm256_set1_epi16(0xFF));
+    const Bytes odd = _mm256_mullo_epi16(_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8));
+    return _mm256_or_si256(even, _mm256_slli_epi16(odd, 8));
+  }
+  static Bytes repeat_lane_bytes(const uint8_t* p) {
+    return _mm256_mullo_epi32(load_lane_bytes(p), _mm256_set1_epi32(0x01010101));
+  }
+
+  static Sums splat32(int32_t x) { return _mm256_set1_epi32(x); }
+  static Sums add(Sums a, Sums b) { return _mm256_add_epi32(a, b); }
+  static Sums mul32(Sums a, Sums b) { return _mm256_mullo_epi32(a, b); }
+  template <int n>
+  static Sums sar(Sums a) {
+    return _mm256_srai_epi32(a, n);
+  }
+  static Sums load_sums(const int32_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static void store_sums(int32_t* p, Sums a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a);
+  }
+  static Sums load_lane_bytes(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+
+  static constexpr bool kHasTritTable = false;
+  static Bytes trit_of_multiple(Bytes b) {
+    const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kNibbleTrits));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), b);
+  }
+};
+
+}  // namespace
+}  // namespace bitjax
+
+#endif  // BITJAX_FFI_YMM_H_
