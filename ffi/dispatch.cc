@@ -43,7 +43,7 @@ constexpr uint64_t kZmmState = 0xE6;  // SSE, AVX, opmask, upper halves of ZMM, 
 
 bool cpu_has_avx2() {
   return has_all(os_saved_state(), kYmmState) && bit(Cpuid(1, 0).ecx, 28) &&
-         bit(Cpuid(7, 0).ebx, 5);
+         bit(Cpuid(1, 0).ecx, 12) && bit(Cpuid(7, 0).ebx, 5);  // AVX, FMA, AVX2
 }
 
 [[maybe_unused]] bool cpu_has_avxvnni() { return cpu_has_avx2() && bit(Cpuid(7, 1).eax, 4); }
@@ -79,6 +79,7 @@ bool cpu_has_dotprod() { return false; }  // no way to ask is known here
 
 struct Entry {
   Kernel kernel;
+  AttentionKernel attention;
   bool supported;
 };
 
@@ -86,21 +87,21 @@ struct Entry {
 const std::vector<Entry>& entries() {
   static const std::vector<Entry> all = {
 #ifdef BITJAX_HAVE_AVX512VBMI
-      {avx512vbmi_kernel(), cpu_has_avx512vnni() && cpu_has_avx512vbmi()},
+      {avx512vbmi_kernel(), avx512vbmi_attention(), cpu_has_avx512vnni() && cpu_has_avx512vbmi()},
 #endif
 #ifdef BITJAX_HAVE_AVX512VNNI
-      {avx512vnni_kernel(), cpu_has_avx512vnni()},
+      {avx512vnni_kernel(), avx512vnni_attention(), cpu_has_avx512vnni()},
 #endif
 #ifdef BITJAX_HAVE_AVXVNNI
-      {avxvnni_kernel(), cpu_has_avxvnni()},
+      {avxvnni_kernel(), avxvnni_attention(), cpu_has_avxvnni()},
 #endif
 #ifdef BITJAX_HAVE_AVX2
-      {avx2_kernel(), cpu_has_avx2()},
+      {avx2_kernel(), avx2_attention(), cpu_has_avx2()},
 #endif
 #ifdef BITJAX_HAVE_NEON
-      {neon_kernel(), cpu_has_dotprod()},
+      {neon_kernel(), neon_attention(), cpu_has_dotprod()},
 #endif
-      {scalar_kernel(), true},
+      {scalar_kernel(), scalar_attention(), true},
   };
   return all;
 }
@@ -151,6 +152,13 @@ const Kernel& active_kernel() {
   if (const Kernel* kernel = forced.load(std::memory_order_acquire)) return *kernel;
   static const Kernel* const chosen = find_default();  // a throw leaves it to the next call
   return *chosen;
+}
+
+const AttentionKernel& active_attention() {
+  const char* name = active_kernel().name;
+  for (const Entry& entry : entries())
+    if (name == entry.kernel.name) return entry.attention;
+  return entries().back().attention;  // not reached: active kernels are among the entries
 }
 
 void force_kernel(const std::string& name) {

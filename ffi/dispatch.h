@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention.h"
 #include "kernel.h"
 
 namespace bitjax {
@@ -22,6 +23,9 @@ std::vector<std::string> available_kernels();
 // The kernel that products use now. Throws std::invalid_argument when BITJAX_KERNEL names an
 // unknown or unsupported one.
 const Kernel& active_kernel();
+
+// Attention compiled for the same instruction set.
+const AttentionKernel& active_attention();
 
 // Forces a kernel for the whole process from the next product on; an empty name lifts the force.
 // Throws std::invalid_argument, and changes nothing, when the kernel is unknown or unsupported.

@@ -1,8 +1,8 @@
-// XLA custom calls for platform "cpu". handlers.cc states each one's operands and checks.
+// XLA custom calls for platform "cpu". Each handlers_*.cc states its operands and checks.
 #ifndef BITJAX_FFI_HANDLERS_H_
 #define BITJAX_FFI_HANDLERS_H_
 
-// XLA's own types, declared so that only handlers.cc needs XLA's headers.
+// XLA's own types, declared so that only handlers_*.cc need XLA's headers.
 struct XLA_FFI_CallFrame;
 struct XLA_FFI_Error;
 
@@ -13,8 +13,8 @@ struct Registration {
   XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame* call);
 };
 
-constexpr int kRegistrationCount = 2;
-extern const Registration kRegistrations[kRegistrationCount];
+extern const Registration kMatmulRegistrations[2];
+extern const Registration kAttentionRegistrations[1];
 
 }  // namespace bitjax
 

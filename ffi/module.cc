@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "attention.h"
 #include "dispatch.h"
 #include "handlers.h"
 #include "kernel.h"
@@ -17,8 +18,11 @@ namespace {
 
 nb::dict registrations() {
   nb::dict result;
-  for (const bitjax::Registration& entry : bitjax::kRegistrations)
+  const auto add = [&result](const bitjax::Registration& entry) {
     result[entry.name] = nb::capsule(reinterpret_cast<void*>(entry.handler));
+  };
+  for (const bitjax::Registration& entry : bitjax::kMatmulRegistrations) add(entry);
+  for (const bitjax::Registration& entry : bitjax::kAttentionRegistrations) add(entry);
   return result;
 }
 
@@ -46,6 +50,8 @@ NB_MODULE(_ffi, m) {
       nb::arg("name").none(),
       "Force a kernel by name for the whole process; None lifts the force.");
   m.def("kernel_calls", &kernel_calls, "Products run so far by each compiled kernel.");
+  m.attr("KEY_BLOCK") = bitjax::kKeyBlock;
+  m.attr("CACHE_SLOTS") = bitjax::kStepSlots;
   m.attr("FORMAT_VERSION") = bitjax::kFormatVersion;
   nb::dict layouts;
   for (int i = 0; i < bitjax::kLayoutCount; ++i) {

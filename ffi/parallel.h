@@ -1,11 +1,13 @@
 // A loop over independent chunks, shared by the calling thread and a pool's threads.
 //
-// The calling thread and the scheduled helpers claim chunk numbers from one atomic counter. The
-// caller claims until none is left and then waits for chunks that helpers have claimed, and for
-// nothing else; so it returns even when the pool never runs a helper (a pool of one thread, a pool
-// busy with other calls, a call made from the pool itself), and no pool thread ever waits. A helper
-// that starts after the call has returned finds no chunk left: it touches only the shared state,
-// which it keeps alive, and never the body or the buffers behind it.
+// Every worker has a range of consecutive chunks of its own, so that it reads memory in one forward
+// stream (two workers that alternate chunks fetch each other's data ahead of them and together read
+// no faster than one). A worker that is done helps with the other ranges. Chunks are claimed from an
+// atomic counter for each range. The caller works until none is left and then waits for chunks that
+// helpers have claimed, and for nothing else; so it returns even when the pool never runs a helper (a
+// pool of one thread, a pool busy with other calls, a call made from the pool itself), and no pool
+// thread ever waits. A helper that starts after the call has returned finds no chunk left: it touches
+// only the shared state, which it keeps alive, and never the body or the buffers behind it.
 #ifndef BITJAX_FFI_PARALLEL_H_
 #define BITJAX_FFI_PARALLEL_H_
 
@@ -14,6 +16,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <vector>
 
 namespace bitjax {
 
@@ -32,18 +35,28 @@ inline void spin_pause() {
 template <typename Body>
 class ChunkedLoop {
  public:
-  ChunkedLoop(int64_t chunks, const Body* body) : chunks_(chunks), body_(body) {}
+  ChunkedLoop(int64_t chunks, int64_t workers, const Body* body)
+      : chunks_(chunks), body_(body), ranges_(static_cast<size_t>(workers)) {
+    for (int64_t w = 0; w < workers; ++w) {
+      ranges_[static_cast<size_t>(w)].next = chunks * w / workers;
+      ranges_[static_cast<size_t>(w)].end = chunks * (w + 1) / workers;
+    }
+  }
 
-  // Runs chunks until none is left to claim.
+  // Runs chunks until none is left to claim; at most as many times as there are workers.
   void work() noexcept {
-    for (;;) {
-      const int64_t chunk = next_.fetch_add(1, std::memory_order_relaxed);
-      if (chunk >= chunks_) return;
-      (*body_)(chunk);
-      // The release publishes the chunk's outputs to the caller's acquire in wait().
-      if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == chunks_) {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        all_done_.notify_all();
+    const size_t first = static_cast<size_t>(started_.fetch_add(1, std::memory_order_relaxed));
+    for (size_t i = 0; i < ranges_.size(); ++i) {
+      Range& range = ranges_[(first + i) % ranges_.size()];
+      for (;;) {
+        const int64_t chunk = range.next.fetch_add(1, std::memory_order_relaxed);
+        if (chunk >= range.end) break;
+        (*body_)(chunk);
+        // The release publishes the chunk's outputs to the caller's acquire in wait().
+        if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == chunks_) {
+          const std::lock_guard<std::mutex> lock(mutex_);
+          all_done_.notify_all();
+        }
       }
     }
   }
@@ -61,9 +74,16 @@ class ChunkedLoop {
  private:
   bool finished() const { return done_.load(std::memory_order_acquire) == chunks_; }
 
+  // On a cache line of its own, for its worker claims from it all the time.
+  struct alignas(64) Range {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+
   const int64_t chunks_;
   const Body* const body_;  // the caller's; alive while any chunk is unfinished
-  std::atomic<int64_t> next_{0};
+  std::vector<Range> ranges_;
+  std::atomic<int64_t> started_{0};
   std::atomic<int64_t> done_{0};
   std::mutex mutex_;
   std::condition_variable all_done_;
@@ -79,7 +99,7 @@ void parallel_for(Pool& pool, int64_t chunks, const Body& body) {
     for (int64_t chunk = 0; chunk < chunks; ++chunk) body(chunk);
     return;
   }
-  const auto loop = std::make_shared<ChunkedLoop<Body>>(chunks, &body);
+  const auto loop = std::make_shared<ChunkedLoop<Body>>(chunks, helpers + 1, &body);
   try {
     for (int64_t i = 0; i < helpers; ++i) pool.Schedule([loop] { loop->work(); });
   } catch (...) {

@@ -158,16 +158,29 @@ class Generator:
     def _tokens(
         self, prompts: Sequence[str], params: Sequence[SamplingParams]
     ) -> Iterator[np.ndarray]:
-        """int32 `[B]` token by token, without end: the caller stops."""
-        encoded = [self.tokenizer.encode(prompt) for prompt in prompts]
-        lengths_B = np.array([len(e) for e in encoded], np.int32)
+        return self.tokens([self.tokenizer.encode(p).tolist() for p in prompts], params)
+
+    def tokens(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> Iterator[np.ndarray]:
+        """Tokens that follow token prompts: int32 `[B]` a step.
+
+        Without end: the caller stops, at the latest when a sequence has reached its
+        `max_new_tokens` or the context's limit; what comes later means nothing.
+
+        Args:
+            prompts: token ids of each sequence, one or more, within the context.
+            params: of each sequence.
+        """
+        lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
         limit = self.config.max_seq_len
-        bucket = min(limit, max(SMALLEST_PROMPT_BUCKET, 1 << int(lengths_B.max() - 1).bit_length()))
+        bucket = min(limit, max(SMALLEST_PROMPT_BUCKET, _power_of_two(int(lengths_B.max()))))
         tokens_BxT = np.zeros((len(prompts), bucket), np.int32)
-        for row, tokens in zip(tokens_BxT, encoded, strict=True):
+        for row, tokens in zip(tokens_BxT, prompts, strict=True):
             row[: len(tokens)] = tokens
         settings = SamplingArrays.stack(params)
-        cache = self._empty_cache(len(prompts), limit)
+        longest = max(n + p.max_new_tokens for n, p in zip(lengths_B.tolist(), params, strict=True))
+        cache = self._empty_cache(len(prompts), min(limit, _power_of_two(max(bucket, longest))))
         state = self._prefill(self._params, tokens_BxT, lengths_B, cache, settings)
         while True:
             yield np.asarray(state.tokens_B)
@@ -203,6 +216,11 @@ class Stream:
             self._prompt, writer.text, writer.tokens, writer.finish_reason,
             self._first - self._created, self._last - self._first,
         )  # fmt: skip
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest one that is n or more: few sizes, few compiled programs."""
+    return 1 << (n - 1).bit_length()
 
 
 class _TextWriter:

@@ -8,14 +8,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bitjax import ops
 from bitjax.config import ModelConfig
-from bitjax.model.layers import BitLinear, RMSNorm, rotary
+from bitjax.model.layers import BitLinear, RMSNorm, rotary_angles
+from bitjax.ops import reference
+from bitjax.ops.reference import CACHE_SLOTS, KEY_BLOCK
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of one layer, `[B, G, S, h]` each; slot s holds the token at position s.
+    """Keys `[B, G, S/16, h, 16]` and values `[B, G, S, h]` of one layer; slot s holds position s.
 
     Slots at or beyond a sequence's length may hold anything: attention at position p reads slots
     0..p only, and each position is written before it is read.
@@ -27,15 +30,11 @@ class KVCache:
     @classmethod
     def empty(cls, batch: int, length: int, config: ModelConfig, dtype: jnp.dtype) -> KVCache:
         """A zeroed cache for `batch` sequences of up to `length` tokens."""
-        shape = (batch, config.num_kv_heads, length, config.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-    def write(self, keys: jax.Array, values: jax.Array, positions_BxT: jax.Array) -> KVCache:
-        """A cache with `[B, T, G, h]` keys and values stored at their positions."""
-        rows_Bx1 = jnp.arange(positions_BxT.shape[0])[:, None]
-        return KVCache(
-            self.keys.at[rows_Bx1, :, positions_BxT].set(keys.astype(self.keys.dtype)),
-            self.values.at[rows_Bx1, :, positions_BxT].set(values.astype(self.values.dtype)),
+        slots = -(-length // CACHE_SLOTS) * CACHE_SLOTS
+        heads, h = (batch, config.num_kv_heads), config.head_dim
+        return cls(
+            jnp.zeros((*heads, slots // KEY_BLOCK, h, KEY_BLOCK), dtype),
+            jnp.zeros((*heads, slots, h), dtype),
         )
 
 
@@ -73,32 +72,15 @@ class Attention(nnx.Module):
         B, T, _ = x_BxTxD.shape
         H, G, h = config.num_heads, config.num_kv_heads, config.head_dim
         qkv_BxTxNxh = self.qkv(x_BxTxD, norm=norm).reshape(B, T, -1, h)
-        turned = rotary(qkv_BxTxNxh[:, :, : H + G], positions_BxT, config.rope_theta)
-        q, k, v = turned[:, :, :H], turned[:, :, H:], qkv_BxTxNxh[:, :, H + G :]
+        turn_BxTxh = rotary_angles(positions_BxT, h, config.rope_theta)
         if cache is None:
-            k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+            turned = reference.rotate(qkv_BxTxNxh[:, :, : H + G], turn_BxTxh)
+            q, k = jnp.split(turned.astype(qkv_BxTxNxh.dtype), [H], axis=2)
+            k, v = k.transpose(0, 2, 1, 3), qkv_BxTxNxh[:, :, H + G :].transpose(0, 2, 1, 3)
+            mixed = reference.attend(q, k, v, positions_BxT)
         else:
-            cache = cache.write(k, v, positions_BxT)
-            k, v = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)
-        mixed = _attend(q, k, v, positions_BxT)
+            mixed, keys, values = ops.cached_attention(
+                qkv_BxTxNxh, turn_BxTxh, positions_BxT, cache.keys, cache.values, self.o.impl
+            )
+            cache = KVCache(keys, values)
         return self.o(mixed, norm=self.sub_norm, residual=x_BxTxD), cache
-
-
-def _attend(
-    q_BxTxHxh: jax.Array, k_BxGxSxh: jax.Array, v_BxGxSxh: jax.Array, positions_BxT: jax.Array
-) -> jax.Array:
-    """`softmax(q k^T / sqrt(h)) v` over key slots 0..position; returns `[B, T, H * h]`.
-
-    Heads lead in every product, and the queries of a group are rows of one matrix: on CPU, XLA
-    then makes plain matrix products of them (2.6 times as fast, with gradients, as heads last).
-    """
-    B, T, H, h = q_BxTxHxh.shape
-    G, S = k_BxGxSxh.shape[1:3]
-    q = (q_BxTxHxh * h**-0.5).transpose(0, 2, 1, 3).reshape(B, G, H // G * T, h)
-    scores = jnp.einsum("BGQh,BGSh->BGQS", q, k_BxGxSxh, preferred_element_type=jnp.float32)
-    visible_BxTxS = jnp.arange(S)[None, None, :] <= positions_BxT[:, :, None]
-    scores = scores.reshape(B, H, T, S)
-    weights = jax.nn.softmax(jnp.where(visible_BxTxS[:, None], scores, -jnp.inf), axis=-1)
-    weights = weights.astype(v_BxGxSxh.dtype).reshape(B, G, H // G * T, S)
-    mixed = jnp.einsum("BGQS,BGSh->BGQh", weights, v_BxGxSxh)
-    return mixed.reshape(B, H, T, h).transpose(0, 2, 1, 3).reshape(B, T, H * h)

@@ -22,9 +22,11 @@ Source: the safetensors format, https://github.com/huggingface/safetensors#forma
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,20 +58,54 @@ def save_model(path: Path, model: Transformer) -> None:
     Raises:
         ValueError: a weight is not finite, or the folder cannot be written.
     """
-    tensors = {}
-    for name, parameter in _parameters(model):
+    tensors = []
+    for name, parameter in parameters(model):
         value = parameter.get_value()
         if isinstance(value, PackedWeights):
-            tensors[f"{name}.{value.layout}"] = np.asarray(value.codes)
-            tensors[f"{name}.scale"] = np.asarray(value.scale)
+            tensors.append(Tensor.of(f"{name}.{value.layout}", np.asarray(value.codes)))
+            tensors.append(Tensor.of(f"{name}.scale", np.asarray(value.scale)))
             if value.multipliers is not None:
-                tensors[f"{name}.multipliers"] = np.asarray(value.multipliers)
+                tensors.append(Tensor.of(f"{name}.multipliers", np.asarray(value.multipliers)))
         else:
             require_finite(name, value)
-            tensors[name] = np.asarray(value)
+            tensors.append(Tensor.of(name, np.asarray(value)))
+    write_model_file(path, model.config, tensors)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """What a model file shall hold, produced while it is written.
+
+    Attributes:
+        name, dtype, shape: as in the file.
+        parts: yields consecutive pieces that together have `shape`.
+    """
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    parts: Callable[[], Iterable[np.ndarray]]
+
+    @classmethod
+    def of(cls, name: str, array: np.ndarray) -> Tensor:
+        """A tensor that is there already."""
+        return cls(name, array.dtype, array.shape, lambda: [array])
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_model_file(path: Path, config: ModelConfig, tensors: Sequence[Tensor]) -> None:
+    """Write tensors with a configuration; the file appears under its name only when complete.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
     about = {
         "format": FILE_FORMAT,
-        "config": json.loads(to_json(model.config)),
+        "config": json.loads(to_json(config)),
         "tokenizer": ByteTokenizer.name,
     }
     try:
@@ -99,7 +135,7 @@ def load_model(
     config = _read_config(path, about)
     _check_layers(path, config, tensors)
     model = abstract_model(config, dtype)
-    for name, parameter in _parameters(model):
+    for name, parameter in parameters(model):
         parameter.set_value(_take(path, name, parameter.get_value(), tensors, check))
     if tensors:
         raise ValueError(f"{path} holds tensors that its configuration has no place for: "
@@ -127,7 +163,8 @@ def tensor_table(path: Path) -> list[tuple[str, str, tuple[int, ...], int]]:
     ]
 
 
-def _parameters(model: Transformer) -> Iterator[tuple[str, nnx.Param]]:
+def parameters(model: Transformer) -> Iterator[tuple[str, nnx.Param]]:
+    """Every parameter with its dotted path, which names it in a file."""
     for path, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Param):
             yield ".".join(map(str, path)), node
@@ -197,29 +234,29 @@ def _in_place(array: np.ndarray) -> jax.Array:
     return jax.device_put(array, jax.local_devices()[0], may_alias=True)
 
 
-def _write_safetensors(
-    path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]
-) -> None:
+def _write_safetensors(path: Path, tensors: Sequence[Tensor], metadata: dict[str, str]) -> None:
     kinds = {dtype: name for name, dtype in DTYPES.items()}
-    order = sorted(tensors, key=lambda name: (tensors[name].nbytes % ALIGNMENT != 0, name))
+    order = sorted(tensors, key=lambda tensor: (tensor.nbytes % ALIGNMENT != 0, tensor.name))
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
-    for name in order:
-        array = tensors[name]
-        header[name] = {
-            "dtype": kinds[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + array.nbytes],
+    for tensor in order:
+        header[tensor.name] = {
+            "dtype": kinds[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
         }
-        offset += array.nbytes
+        offset += tensor.nbytes
     encoded = json.dumps(header).encode()
     encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
             file.write(len(encoded).to_bytes(8, "little") + encoded)
-            for name in order:
-                file.write(np.ascontiguousarray(tensors[name]).tobytes())
+            for tensor in order:
+                for part in tensor.parts():
+                    file.write(
+                        np.ascontiguousarray(part, tensor.dtype).reshape(-1).view(np.uint8).data
+                    )
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -114,20 +114,15 @@ class BitLinear(nnx.Module):
         return y.reshape(*shape[:-1], -1)
 
 
-def rotary(x_BxTxNxh: jax.Array, positions_BxT: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding, half-split form (arXiv 2104.09864; `rotate_half`).
+def rotary_angles(positions_BxT: jax.Array, size: int, theta: float) -> jax.Array:
+    """Cosines, then sines, of `position * theta^(-2i/h)`, i < h/2: float32 `[B, T, h]`.
 
-    Pairs element i with element i + h/2 and turns the pair by `position * theta^(-2i/h)`.
+    They turn heads of `size` h dimensions (`bitjax.ops.reference.rotate`; arXiv 2104.09864).
     """
-    half = x_BxTxNxh.shape[-1] // 2
+    half = size // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles_BxTx1xf = (
-        positions_BxT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    )
-    cos, sin = jnp.cos(angles_BxTx1xf), jnp.sin(angles_BxTx1xf)
-    first, second = jnp.split(x_BxTxNxh.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BxTxNxh.dtype)
+    angles = positions_BxT[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 class FeedForward(nnx.Module):

@@ -78,3 +78,41 @@ def packed_matmul(
         cpu=lambda x, w, n, r: ffi.packed_matmul(x, w, gate, n, eps, r),
         default=lambda x, w, n, r: reference.packed_matmul(x, w, gate, n, eps, r),
     )  # fmt: skip
+
+
+def cached_attention(
+    qkv_BxTxNxh: jax.Array,
+    turn_BxTxh: jax.Array,
+    positions_BxT: jax.Array,
+    keys_BxGxCxhx16: jax.Array,
+    values_BxGxSxh: jax.Array,
+    impl: Impl = "auto",
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Causal grouped-query attention of new tokens over a KV cache that they are added to.
+
+    `mixed = softmax(turn(q) turn(k)^T / sqrt(h)) v` over the slots 0..position of each token.
+
+    Args:
+        qkv_BxTxNxh: float32 or bfloat16; N = H + 2G: queries, keys and values of T new tokens.
+        turn_BxTxh: float32, cosines and sines of the rotary angles, see `reference.rotate`.
+        positions_BxT: int32, slot of each new token; outside the cache it is not stored.
+        keys_BxGxCxhx16: float32 or bfloat16; slot s is `[:, :, s // 16, :, s % 16]`, and S = 16 C
+            is a multiple of 64.
+        values_BxGxSxh: of the same dtype.
+        impl: which implementation; the custom call wants h to be a multiple of 16 up to 512, and
+            "auto" takes the reference otherwise.
+
+    Returns:
+        `[B, T, H * h]` in the dtype of qkv, and the updated keys and values (in place when the
+        cache is donated).
+    """
+    operands = (qkv_BxTxNxh, turn_BxTxh, positions_BxT, keys_BxGxCxhx16, values_BxGxSxh)
+    h = qkv_BxTxNxh.shape[-1]
+    fits = h % 16 == 0 and h <= 512
+    if impl == "reference" or (impl == "auto" and not (fits and ffi.available())):
+        return reference.cached_attention(*operands)
+    if impl == "ffi":
+        return ffi.cached_attention(*operands)
+    return jax.lax.platform_dependent(
+        *operands, cpu=ffi.cached_attention, default=reference.cached_attention
+    )

@@ -155,3 +155,35 @@ def _call(
         residual.reshape(rows, -1), layout=np.int64(LAYOUTS[weights.layout].number), **attributes,
     )  # fmt: skip
     return y.reshape(*lead, weights.rows)
+
+
+def cached_attention(
+    qkv_BxTxNxh: jax.Array,
+    turn_BxTxh: jax.Array,
+    positions_BxT: jax.Array,
+    keys_BxGxCxhx16: jax.Array,
+    values_BxGxSxh: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`bitjax.ops.cached_attention` by the active kernel; the cache is updated in place if donated.
+
+    Raises:
+      ValueError: when the program runs, shapes or dtypes that do not fit.
+      ModuleNotFoundError: the extension is not installed.
+    """
+    _load()
+    B, T, N, h = qkv_BxTxNxh.shape
+    heads = N - 2 * keys_BxGxCxhx16.shape[1]
+    call = jax.ffi.ffi_call(
+        "bitjax_attention",
+        (
+            jax.ShapeDtypeStruct((B, T, heads * h), qkv_BxTxNxh.dtype),
+            jax.ShapeDtypeStruct(keys_BxGxCxhx16.shape, keys_BxGxCxhx16.dtype),
+            jax.ShapeDtypeStruct(values_BxGxSxh.shape, values_BxGxSxh.dtype),
+        ),
+        input_output_aliases={3: 1, 4: 2},
+        vmap_method="sequential",
+    )
+    mixed, keys, values = call(
+        qkv_BxTxNxh, turn_BxTxh, positions_BxT, keys_BxGxCxhx16, values_BxGxSxh
+    )
+    return mixed, keys, values

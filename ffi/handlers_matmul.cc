@@ -593,7 +593,7 @@ XLA_FFI_DEFINE_HANDLER(packed_matmul_i32_handler, packed_matmul_i32,
 
 }  // namespace
 
-const Registration kRegistrations[kRegistrationCount] = {
+const Registration kMatmulRegistrations[2] = {
     {kMatmul, packed_matmul_handler},
     {kMatmulI32, packed_matmul_i32_handler},
 };
