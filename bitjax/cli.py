@@ -8,8 +8,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bitjax import __version__
+
+if TYPE_CHECKING:
+    from bitjax.packing import LayoutName
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
@@ -53,6 +57,21 @@ def _parser() -> argparse.ArgumentParser:
 
     def model_argument(added: argparse.ArgumentParser) -> None:
         added.add_argument("model", type=Path, help="a model file, or a run directory")
+
+    def packing_arguments(added: argparse.ArgumentParser, bits: str, tables: str) -> None:
+        added.add_argument(
+            "--bits",
+            choices=("2", "1.6"),
+            default=bits,
+            help="bits of a packed ternary weight; 1.6 is smaller, and faster from memory "
+            f"(default: {bits})",
+        )
+        added.add_argument(
+            "--tables",
+            choices=("float32", "bfloat16", "int8", "int4"),
+            default=tables,
+            help=f"number format of a packed file's embedding and head (default: {tables})",
+        )
 
     demo = command(
         "demo",
@@ -148,36 +167,70 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--float", action="store_true", dest="as_float", help="keep float32 weights"
     )
-    convert.add_argument(
-        "--bits",
-        choices=("2", "1.6"),
-        default="2",
-        help="bits of a packed ternary weight (default: 2; 1.6 is smaller, and faster from memory)",
-    )
-    convert.add_argument(
-        "--tables",
-        choices=("float32", "bfloat16", "int8", "int4"),
-        default="float32",
-        help="number format of the embedding and head of a packed file (default: float32)",
-    )
+    packing_arguments(convert, bits="2", tables="float32")
     convert.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
 
     inspect = command("inspect", _inspect, "show what a model file or a run directory holds")
     model_argument(inspect)
 
+    dummy = command(
+        "dummy",
+        _dummy,
+        "write a packed model file with random weights, to measure a shape",
+        "Written piece by piece: a model larger than memory needs little of it.",
+    )
+    dummy.add_argument("preset", help="a shape in bitjax.presets.MODELS, e.g. b1.58-2b4t or 100b")
+    dummy.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    dummy.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="settings",
+        help="override a dimension, e.g. --set num_layers=4; repeatable",
+    )
+    packing_arguments(dummy, bits="1.6", tables="int4")
+    dummy.add_argument("--seed", type=int, default=0)
+    dummy.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+
     bench = command(
         "bench",
         _bench,
-        "time the packed product of every kernel this machine can run",
-        "Weights are cycled through more memory than the caches hold. The last line is JSON.",
+        "time a packed model, or without one the packed product of every kernel",
+        "The machine's limits are measured in the same run. The last line is JSON.",
     )
+    bench.add_argument("model", type=Path, nargs="?", help="a packed model file")
+    bench.add_argument(
+        "--prompt",
+        type=int,
+        nargs="*",
+        default=(128, 512),
+        metavar="P",
+        help="prompt lengths (default: 128 512)",
+    )
+    bench.add_argument(
+        "--batch",
+        type=int,
+        nargs="*",
+        default=(8, 32),
+        metavar="B",
+        help="sequences decoded together (default: 8 32)",
+    )
+    bench.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="NAME=LLAMA_BENCH,GGUF[,FLAG...]",
+        help="another engine's llama-bench and model, timed in turn with ours; repeatable",
+    )
+    bench.add_argument("--rounds", type=int, default=5, help="interleaved repetitions (default: 5)")
     bench.add_argument(
         "--shape",
         type=int,
         nargs=2,
         default=(2560, 6912),
         metavar=("N", "K"),
-        help="output and input features (default: 2560 6912)",
+        help="without a model: output and input features (default: 2560 6912)",
     )
     bench.add_argument(
         "--rows",
@@ -185,7 +238,14 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=(1, 8, 128),
         metavar="M",
-        help="activation rows (default: 1 8 128)",
+        help="without a model: activation rows (default: 1 8 128)",
+    )
+    bench.add_argument(
+        "--layouts",
+        nargs="+",
+        default=("ternary2", "ternary1.6"),
+        choices=("ternary2", "ternary1.6", "int4", "int8"),
+        help="without a model: packed layouts (default: ternary2 ternary1.6)",
     )
     return parser
 
@@ -260,14 +320,11 @@ def _convert(arguments: argparse.Namespace) -> None:
     from bitjax.api import load
     from bitjax.infer import pack_model
     from bitjax.model.files import save_model
-    from bitjax.packing import LayoutName
 
-    if arguments.output.exists() and not arguments.overwrite:
-        raise ValueError(f"{arguments.output} exists; choose another name or give --overwrite")
+    _refuse_to_replace(arguments)
     model = load(arguments.model)
     if not arguments.as_float:
-        layout: LayoutName = "ternary2" if arguments.bits == "2" else "ternary1.6"
-        model = pack_model(model, layout, arguments.tables)
+        model = pack_model(model, _layout(arguments), arguments.tables)
     save_model(arguments.output, model)
     terminal.console.print(
         f"{arguments.output}: {terminal.size(arguments.output.stat().st_size)}", soft_wrap=True
@@ -280,11 +337,48 @@ def _inspect(arguments: argparse.Namespace) -> None:
     inspect(arguments.model)
 
 
-def _bench(arguments: argparse.Namespace) -> None:
-    from bitjax.bench import bench
+def _dummy(arguments: argparse.Namespace) -> None:
+    from bitjax import terminal
+    from bitjax.config import override
+    from bitjax.infer.dummy import write_dummy
+    from bitjax.presets import MODELS
 
-    rows, cols = arguments.shape
-    bench(rows, cols, arguments.rows)
+    if arguments.preset not in MODELS:
+        raise ValueError(f"no preset {arguments.preset!r}; there are {', '.join(MODELS)}")
+    _refuse_to_replace(arguments)
+    config = override(MODELS[arguments.preset], arguments.settings)
+    with terminal.byte_progress(arguments.output.name) as on_bytes:
+        write_dummy(
+            arguments.output, config, _layout(arguments), arguments.tables, arguments.seed, on_bytes
+        )
+    terminal.console.print(
+        f"{arguments.output}: {terminal.size(arguments.output.stat().st_size)}", soft_wrap=True
+    )
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from bitjax.bench import bench_kernels, bench_model
+    from bitjax.bench.rivals import Rival
+
+    rivals = [Rival.parse(text) for text in arguments.against]
+    if arguments.model is None:
+        if rivals:
+            raise ValueError("--against compares models; give ours as well")
+        rows, cols = arguments.shape
+        bench_kernels(rows, cols, arguments.rows, arguments.layouts)
+    elif arguments.rounds < 1 or min((1, *arguments.prompt, *arguments.batch)) < 1:
+        raise ValueError("rounds, prompt lengths and batch sizes must be 1 or more")
+    else:
+        bench_model(arguments.model, arguments.prompt, arguments.batch, rivals, arguments.rounds)
+
+
+def _refuse_to_replace(arguments: argparse.Namespace) -> None:
+    if arguments.output.exists() and not arguments.overwrite:
+        raise ValueError(f"{arguments.output} exists; choose another name or give --overwrite")
+
+
+def _layout(arguments: argparse.Namespace) -> LayoutName:
+    return "ternary2" if arguments.bits == "2" else "ternary1.6"
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def _sample(packed: Transformer, directory: Path, prompt: str, seed: int) -> Non
 def stream_text(generator: Generator, prompt: str, params: SamplingParams) -> None:
     """Print the prompt and its continuation as it is generated, then the rate and the kernel."""
     started = time.perf_counter()
-    generator.compile(prompt)
+    generator.compile(prompt, params)
     compiled = time.perf_counter() - started
     console.print(prompt, end="", markup=False)
     stream = generator.stream(prompt, params)

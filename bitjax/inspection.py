@@ -32,10 +32,8 @@ def inspect(path: Path) -> None:
     )
     if path.is_file():
         tensors = tensor_table(path)
-        linear = {f"{name}.weight" for name, _ in bit_linears(model)}
-        stored = sum(
-            n for name, _, _, n in tensors if f"{name.rpartition('.weight.')[0]}.weight" in linear
-        )
+        linear = {name for name, _ in bit_linears(model)}
+        stored = sum(n for name, _, _, n in tensors if name.partition(".weight")[0] in linear)
         weights = sum(int(np.prod(layer.weight.get_value().shape)) for _, layer in
                       bit_linears(model))  # fmt: skip
         terminal.table(
@@ -63,6 +61,6 @@ def layer_rows(model: Transformer) -> list[tuple[str, ...]]:
             rows.append((name, shape, str(weight.dtype), "", "", "", ""))
             continue
         fractions = (f"{np.mean(codes == code):.1%}" for code in (-1, 0, 1))
-        scales = " ".join(f"{value:.4g}" for value in dict.fromkeys(np.ravel(scale).tolist()))
+        scales = "\n".join(f"{value:.4g}" for value in dict.fromkeys(np.ravel(scale).tolist()))
         rows.append((name, shape, held, *fractions, scales))
     return rows

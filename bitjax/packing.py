@@ -238,6 +238,8 @@ def validate(name: str, packed: PackedWeights, codes: bool = True) -> None:
         if packed.multipliers is None:
             raise ValueError(f"{name}: int4 weights need multipliers")
         arrays["multipliers"] = packed.multipliers, multiplier_shape(*packed.shape)
+    elif packed.multipliers is not None:
+        raise ValueError(f"{name}: {packed.layout} weights have no multipliers")
     for what, (array, wanted) in arrays.items():
         if array.shape != wanted or array.dtype != np.uint8:
             raise ValueError(
@@ -251,7 +253,8 @@ def validate(name: str, packed: PackedWeights, codes: bool = True) -> None:
             f"{scale.dtype}{list(scale.shape)}"
         )
     if not np.isfinite(np.asarray(scale)).all():
-        raise ValueError(f"{name}: the scale {scale} is not finite")
+        bad = np.ravel(scale)[~np.isfinite(np.ravel(scale))][0]
+        raise ValueError(f"{name}: the scale {bad} is not finite")
     if packed.multipliers is not None:
         multipliers = np.asarray(packed.multipliers)
         if multipliers.min() < 1 or multipliers.max() > MAX_MULTIPLIER:

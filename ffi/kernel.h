@@ -112,6 +112,11 @@ constexpr int panel_offset(Layout layout) {
 using PanelProduct = void (*)(const uint8_t* panel, int64_t groups, const int8_t* q,
                               int64_t q_stride, int m, int32_t* acc);
 
+// For measuring the machine: `rounds` rounds of independent dot products in registers, returning how
+// many multiply-adds they were; and a read of n bytes, returning something that depends on all.
+using DotRounds = int64_t (*)(int64_t rounds);
+using ReadAll = uint64_t (*)(const uint8_t* p, int64_t n);
+
 constexpr int kMaxPanelBlocks = 4;  // row blocks of a panel, at most; 1, 2 or 4
 
 struct Kernel {
@@ -125,6 +130,8 @@ struct Kernel {
   UnpackPanel unpack_panel[kLayoutCount];
   PanelProduct ternary_panel;  // panel bytes of the ternary layouts
   PanelProduct byte_panel;     // of int4 and int8
+  DotRounds dot_rounds;
+  ReadAll read_all;
   int panel_blocks;            // row blocks of a panel
   int tile_rows;               // activation rows of a panel product, at most
 };

@@ -2,6 +2,7 @@
 // constants. Used by bitjax/ops/ffi.py alone.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -49,6 +50,16 @@ NB_MODULE(_ffi, m) {
       },
       nb::arg("name").none(),
       "Force a kernel by name for the whole process; None lifts the force.");
+  m.def(
+      "dot_rounds", [](int64_t rounds) { return bitjax::active_kernel().dot_rounds(rounds); },
+      nb::arg("rounds"), nb::call_guard<nb::gil_scoped_release>(),
+      "Multiply-adds done by so many rounds of independent dot products of the active kernel.");
+  m.def(
+      "read_all",
+      [](nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> bytes) {
+        return bitjax::active_kernel().read_all(bytes.data(), static_cast<int64_t>(bytes.size()));
+      },
+      nb::arg("bytes"), nb::call_guard<nb::gil_scoped_release>(), "Reads every byte, folding them.");
   m.def("kernel_calls", &kernel_calls, "Products run so far by each compiled kernel.");
   m.attr("KEY_BLOCK") = bitjax::kKeyBlock;
   m.attr("CACHE_SLOTS") = bitjax::kStepSlots;

@@ -27,10 +27,11 @@ def ternary_product(x, w_codes, w_scale):
     return acc * (x_scale.astype(np.float64) * float(w_scale))
 
 
-def transformer(params, config, tokens):
+def transformer(params, config, tokens, int8_head=False):
     """Logits `[T, V]` of one sequence: a slow, plain float64 decoder without batch or cache.
 
-    `params` maps dotted names to arrays; `config` is a plain dict of the model's settings.
+    `params` maps dotted names to arrays; `config` is a plain dict of the model's settings. With
+    `int8_head` the head's inputs are quantised, as a packed head's are.
     """
     heads, groups, size = config["num_heads"], config["num_kv_heads"], config["head_dim"]
 
@@ -96,4 +97,8 @@ def transformer(params, config, tokens):
         x = x + attention(pre(x, block + ".attention_norm"), block + ".attention")
         x = x + ffn(pre(x, block + ".ffn_norm"), block + ".ffn")
     table = params["embedding"] if config["tie_embeddings"] else params["head"]
-    return norm(x, "norm") @ np.asarray(table, np.float64).T
+    x = norm(x, "norm")
+    if int8_head:
+        codes, scale = absmax_int8(x)
+        x = codes * scale.astype(np.float64)
+    return x @ np.asarray(table, np.float64).T

@@ -7,11 +7,14 @@ import sys
 import time
 
 import numpy as np
+import oracle
 import pytest
-from tiny import tiny_model
+import safetensors.numpy
+from tiny import changed, tiny_model
 
 from bitjax import cli
 from bitjax.infer import pack_model
+from bitjax.inspection import layer_rows
 from bitjax.model.files import load_model, save_model
 
 RECIPE = """
@@ -81,13 +84,14 @@ def test_train_convert_eval_generate_inspect(recipe, text, tmp_path, capsys):
     for path in (model, directory):
         assert run("inspect", path) == 0
         out = capsys.readouterr().out
-        assert "blocks.0.attention.q" in out
+        assert "blocks.0.attention.qkv" in out
         assert "hidden_size" in out
     assert run("convert", directory, "-o", tmp_path / "float.safetensors", "--float") == 0
     trained = load_model(tmp_path / "float.safetensors")
     tokens = np.arange(10, dtype=np.int32)[None]
+    # Operation by operation, and unfused: to the bit.
     np.testing.assert_array_equal(
-        np.asarray(trained(tokens)), np.asarray(load_model(model)(tokens))
+        np.asarray(trained(tokens)), np.asarray(changed(load_model(model), fuse=False)(tokens))
     )
 
 
@@ -98,13 +102,114 @@ def test_training_resumes_by_the_same_command(recipe, tmp_path, capsys):
     assert "step" not in capsys.readouterr().out  # nothing left to do
 
 
-def test_inspect_counts_bits_and_zeros(packed, capsys):
-    assert run("inspect", packed) == 0
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "float.safetensors"
+    save_model(path, tiny_model(num_layers=1, tie_embeddings=False))
+    return path
+
+
+@pytest.mark.parametrize("tables", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("bits", ["2", "1.6"])
+def test_convert_to_every_format(trained, tmp_path, capsys, bits, tables):
+    path = tmp_path / "model.safetensors"
+    assert run("convert", trained, "-o", path, "--bits", bits, "--tables", tables) == 0
+    assert capsys.readouterr().out.startswith(f"{path}: ")
+    wanted = tmp_path / "wanted.safetensors"
+    save_model(wanted, pack_model(load_model(trained), f"ternary{bits}", tables))
+    assert path.read_bytes() == wanted.read_bytes()
+    names = set(safetensors.numpy.load_file(path))
+    assert f"blocks.0.ffn.down.weight.ternary{bits}" in names
+    packed_table = tables.startswith("int")
+    assert (f"head.{tables}" in names) == packed_table
+    assert ("head" in names) != packed_table
+    if tables == "int4":
+        assert run("generate", path, "--prompt", "ab", "--max-new-tokens", 2) == 0
+        assert "2 tokens" in capsys.readouterr().out
+        assert run("inspect", path) == 0
+        out = capsys.readouterr().out
+        assert f"ternary{bits}" in out
+        assert "head.multipliers" in out
+
+
+def test_two_bits_and_float32_tables_by_default(trained, tmp_path):
+    for name, options in (("a", ()), ("b", ("--bits", 2, "--tables", "float32"))):
+        assert run("convert", trained, "-o", tmp_path / name, *options) == 0
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_smaller_formats_make_smaller_files(trained, tmp_path):
+    forms = [("2", "float32"), ("2", "bfloat16"), ("2", "int8"), ("2", "int4")]
+    sizes = []
+    for bits, tables in forms:
+        assert run("convert", trained, "-o", tmp_path / "model", "--overwrite",
+                   "--bits", bits, "--tables", tables) == 0  # fmt: skip
+        sizes.append((tmp_path / "model").stat().st_size)
+    assert sizes == sorted(sizes, reverse=True)
+    values = 2 * 256 * 32
+    assert sizes[0] - sizes[1] == pytest.approx(2 * values, abs=300)  # headers differ
+    assert sizes[1] - sizes[2] == pytest.approx(values - 2 * 256 * 4, abs=300)
+    # 4 bits and a multiplier of a byte for each row's 32 columns
+    assert sizes[2] - sizes[3] == pytest.approx(values / 2 - 2 * 256, abs=300)
+
+
+# Rows of 16 by columns of 16 (2 bits) or 20 (1.6 bits) take 64 bytes; stacked matrices of 48 rows
+# have as many scales, the others one.
+@pytest.mark.parametrize(
+    ("layout", "stored"),
+    [
+        ("ternary2", (3 * 2 + 2 * 2 + 3 * 2 + 2 * 2) * 64),
+        ("ternary1.6", (3 * 2 + 2 * 2 + 3 * 2 + 2 * 2) * 64),
+    ],
+)
+@pytest.mark.parametrize("tables", ["float32", "int8"])
+def test_inspect_counts_bits(tmp_path, capsys, layout, tables, stored):
+    path = tmp_path / "model.safetensors"
+    save_model(path, pack_model(tiny_model(num_layers=1), layout, tables))
+    assert run("inspect", path) == 0
     out = capsys.readouterr().out
-    assert "packed" in out
-    weights = 24 * 32 * 2 + 12 * 32 * 2 + 24 * 32 * 3
-    stored = (2 * 2 + 1 * 2 * 2 + 2 * 2 + 2 * 2 * 3) * 64
-    assert f"{weights:,} weights, {8 * stored / weights:.2f} bits each" in out
+    assert layout in out
+    weights = 48 * 32 + 32 * 24 + 48 * 32 + 32 * 24
+    scales = 4 * (48 + 1 + 48 + 1)
+    assert f"{weights:,} weights, {8 * (stored + scales) / weights:.2f} bits each" in out
+
+
+def test_inspect_counts_the_bits_of_a_float_file(trained, capsys):
+    assert run("inspect", trained) == 0
+    assert "4,608 weights, 32.00 bits each" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["float32", "ternary2", "ternary1.6"])
+def test_inspect_shows_codes_and_every_scale(form):
+    model = tiny_model(num_layers=1)
+    attention, ffn = model.blocks[0].attention, model.blocks[0].ffn
+    # k is twice as large, v four times; so is up.
+    for layer, sizes in ((attention.qkv, (1,) * 24 + (2,) * 12 + (4,) * 12),
+                         (ffn.gate_up, (1,) * 24 + (2,) * 24)):  # fmt: skip
+        layer.weight.set_value(layer.weight[...] * np.float32(sizes)[:, None])
+    parts = [
+        ("blocks.0.attention.qkv", attention.qkv, (24, 36)),
+        ("blocks.0.attention.o", attention.o, ()),
+        ("blocks.0.ffn.gate_up", ffn.gate_up, (24,)),
+        ("blocks.0.ffn.down", ffn.down, ()),
+    ]
+    wanted = []
+    for name, layer, splits in parts:
+        w = np.asarray(layer.weight[...])
+        quantized = [oracle.absmean_ternary(part) for part in np.split(w, splits)]
+        codes = np.concatenate([codes for codes, _ in quantized])
+        wanted.append((
+            name, f"{w.shape[0]} x {w.shape[1]}", form,
+            *(f"{(codes == code).mean():.1%}" for code in (-1, 0, 1)),
+            " ".join(f"{scale:.4g}" for _, scale in quantized),
+        ))  # fmt: skip
+    assert len(wanted[0][-1].split()) == 3
+    assert layer_rows(model if form == "float32" else pack_model(model, form)) == wanted
+
+
+def test_inspect_of_a_full_precision_model():
+    model = tiny_model(num_layers=1, weights="float", activations="float")
+    assert layer_rows(model)[0] == ("blocks.0.attention.qkv", "48 x 32", "float32", *[""] * 4)
 
 
 def test_bench_prints_a_table_and_json(capsys, monkeypatch):
@@ -144,7 +249,9 @@ def test_errors_are_one_sentence(recipe, packed, tmp_path, capsys):
 
 
 def test_unknown_command_and_flag_exit_with_2():
-    for arguments in (["dance"], [], ["eval"], ["train", "x", "--nope"]):
+    convert = ["convert", "x", "-o", "y"]
+    for arguments in (["dance"], [], ["eval"], ["train", "x", "--nope"],
+                      [*convert, "--bits", "3"], [*convert, "--tables", "int2"]):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             cli.main(arguments)
         assert stop.value.code == 2

@@ -13,32 +13,42 @@ from tiny import tiny_model
 from bitjax.infer import Generator, SamplingParams, pack_model
 from bitjax.infer.sampling import SamplingArrays
 
+FORMS = {
+    "float": None,
+    "packed": ("ternary2", "float32"),
+    "packed tables": ("ternary1.6", "int8"),
+    "int4 tables": ("ternary2", "int4"),
+}
+
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("packed", [False, True], ids=["float", "packed"])
-def test_evaluation(packed, dtype):
-    model = tiny_model(dtype=dtype)
-    graph, params = nnx.split(pack_model(model) if packed else model)
+@pytest.mark.parametrize("form", FORMS)
+def test_evaluation(form, dtype):
+    model, packed = tiny_model(dtype=dtype), FORMS[form]
+    graph, params = nnx.split(model if packed is None else pack_model(model, *packed))
     traced = jax.jit(lambda p, t: nnx.merge(graph, p)(t)).trace(
         params, jax.ShapeDtypeStruct((2, 8), jnp.int32)
     )
-    check(traced, packed)
+    # Four products a layer, and the head's if it is packed.
+    check(traced, 0 if packed is None else 8 + (packed[1] != "float32"))
 
 
-def test_packed_prefill_and_decode():
-    generator = Generator(pack_model(tiny_model()))
+@pytest.mark.parametrize("tables", ["float32", "int4"])
+def test_packed_prefill_and_decode(tables):
+    generator = Generator(pack_model(tiny_model(), tables=tables))
+    products = 8 + (tables != "float32")
     settings = SamplingArrays.stack([SamplingParams(top_k=3)])
     cache = generator._empty_cache(1, 16)
     arguments = (np.zeros((1, 16), np.int32), np.array([3], np.int32), cache, settings)
-    check(generator._prefill.trace(generator._params, *arguments), packed=True)
+    check(generator._prefill.trace(generator._params, *arguments), products)
     state = jax.eval_shape(generator._prefill, generator._params, *arguments)
-    check(generator._decode.trace(generator._params, state, settings), packed=True)
+    check(generator._decode.trace(generator._params, state, settings), products)
 
 
-def check(traced, packed):
-    """A custom call in the CPU program of a packed model; none in any CUDA program."""
+def check(traced, products):
+    """So many custom calls in the CPU program; none in any CUDA program."""
     on_cpu = traced.lower(lowering_platforms=("cpu",)).as_text()
     on_cuda = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert ("bitjax_ternary_matmul" in on_cpu) == packed
+    assert on_cpu.count("custom_call @bitjax_packed_matmul(") == products
     assert "bitjax" not in on_cuda
     assert "dot_general" in on_cuda

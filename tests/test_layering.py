@@ -69,15 +69,19 @@ def test_recipes_import_configuration_only(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ffi").iterdir()), ids=lambda p: p.name)
 def test_headers_stay_in_their_files(path):
-    """XLA only in the handlers, nanobind only in the module, intrinsics only in kernels_*."""
+    """XLA only in the handlers, nanobind only in the module, intrinsics only in kernels_*.
+
+    ymm.h, which two kernels share, is a part of them: no other file includes it.
+    """
     if path.suffix not in (".cc", ".h"):
         return
     included = [line for line in path.read_text().splitlines() if line.startswith("#include")]
     for line in included:
-        assert "xla/" not in line or path.stem in ("handlers", "parallel", "module"), line
+        assert "xla/" not in line or path.stem.startswith(("handler", "parallel", "module")), line
         assert "nanobind" not in line or path.name == "module.cc", line
-        intrinsics = "immintrin" in line or "arm_neon" in line
-        assert not intrinsics or path.stem.startswith("kernels_"), f"{path.name}: {line}"
+        intrinsics = "immintrin" in line or "arm_neon" in line or "ymm.h" in line
+        of_a_kernel = path.stem.startswith("kernels_") or path.name == "ymm.h"
+        assert not intrinsics or of_a_kernel, f"{path.name}: {line}"
 
 
 def test_import_is_light():

@@ -5,7 +5,7 @@ import dataclasses
 from flax import nnx
 
 from bitjax.config import ModelConfig
-from bitjax.model import Transformer
+from bitjax.model import Transformer, bit_linears
 
 # Grouped queries (4 heads on 2), and sizes that are no multiple of the packed block of 16.
 TINY = ModelConfig(
@@ -22,3 +22,12 @@ def tiny_config(**changes):
 def tiny_model(*, seed=0, dtype="float32", **changes) -> Transformer:
     """A Transformer of `tiny_config(**changes)` with random weights."""
     return Transformer(tiny_config(**changes), rngs=nnx.Rngs(seed), dtype=dtype)
+
+
+def changed(model, *, impl="auto", fuse=True) -> Transformer:
+    """A copy of a model whose packed products are another implementation's, or not fused."""
+    model = nnx.clone(model)
+    model.impl = impl
+    for _, layer in bit_linears(model):
+        layer.impl, layer.fuse = impl, fuse
+    return model

@@ -46,19 +46,19 @@ def pack_model(
         scales = np.asarray(scale).reshape(-1)
         packed_scale = scales if layer.segments else scales[0]
         layer.weight.set_value(pack(np.asarray(codes), packed_scale, layout))
-    for table in (packed.embedding, packed.head):
+    for name, table in (("embedding", packed.embedding), ("head", packed.head)):
         if table is not None:
-            table.set_value(pack_table(table[...], tables))  # type: ignore[arg-type]
+            table.set_value(pack_table(name, table[...], tables))  # type: ignore[arg-type]
     return packed
 
 
-def pack_table(table_VxD: jax.Array, form: TableFormat) -> jax.Array | PackedWeights:
+def pack_table(name: str, table_VxD: jax.Array, form: TableFormat) -> jax.Array | PackedWeights:
     """An embedding or head in another number format.
 
     Raises:
-        ValueError: a value is not finite.
+        ValueError: a value is not finite; `name` says where.
     """
-    require_finite("table", table_VxD)
+    require_finite(name, table_VxD)
     if form == "int8":
         codes, scale = int8_per_row(np.asarray(table_VxD))
         return pack(codes, scale, "int8")

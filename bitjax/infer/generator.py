@@ -101,10 +101,13 @@ class Generator:
         """
         return Stream(self, prompt, params or SamplingParams())
 
-    def compile(self, prompt: str) -> None:
-        """Compile for one sequence with a prompt of this length, before anything is timed."""
-        for _ in self.stream(prompt, SamplingParams(max_new_tokens=2)):
-            pass
+    def compile(self, prompt: str, params: SamplingParams | None = None) -> None:
+        """Compile for one such sequence, before anything is timed."""
+        params = params or SamplingParams()
+        self._room(prompt, params)
+        tokens = self._tokens([prompt], [params])
+        next(tokens)
+        next(tokens)
 
     def generate(
         self,

@@ -203,6 +203,8 @@ def _take(
     layouts = [layout for layout in LAYOUTS if f"{name}.{layout}" in tensors]
     if layouts:
         layout = layouts[0]
+        if len(like.shape) != 2:
+            raise ValueError(f"{where} cannot be packed; only matrices can")
         if layout.startswith("ternary") != name.endswith(".weight"):
             raise ValueError(
                 f"{where} cannot be {layout}; linear layers are packed as ternary, "

@@ -89,6 +89,16 @@ def kernel_calls() -> dict[str, int]:
     return dict(_load().kernel_calls())
 
 
+def dot_rounds(rounds: int) -> int:
+    """Runs rounds of independent integer dot products in registers; returns their multiply-adds."""
+    return int(_load().dot_rounds(rounds))
+
+
+def read_all(array: np.ndarray) -> int:
+    """Reads every byte of a flat uint8 array with wide loads; returns a number that folds them."""
+    return int(_load().read_all(array))
+
+
 _GATES = {"none": 0, "relu2": 1, "silu": 2}
 
 

@@ -131,10 +131,11 @@ def test_errors(n, seq_len, stride, batch, message):
         score_text(Toy(batch, seq_len), np.zeros(n, np.int32), seq_len, stride, batch)
 
 
-@pytest.mark.parametrize("form", ["float", "packed"])
+@pytest.mark.parametrize("form", ["float", "packed", "packed tables"])
 def test_model_scorer_is_the_log_softmax_of_the_model(form):
     model = tiny_model(num_layers=1)
-    model = pack_model(model) if form == "packed" else model
+    if form != "float":
+        model = pack_model(model, tables="int8" if form == "packed tables" else "float32")
     windows = np.random.default_rng(1).integers(0, 256, (3, 9), dtype=np.int32)
     logits = np.asarray(nnx.jit(lambda model: model(windows[:, :-1]))(model), np.float64)
     wanted = np.zeros((3, 8))

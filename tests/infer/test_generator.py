@@ -9,11 +9,10 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_config, tiny_model
+from tiny import changed, tiny_config, tiny_model
 
 from bitjax.infer import Generator, SamplingParams, pack_model
 from bitjax.infer.generator import _TextWriter
-from bitjax.model import bit_linears
 from bitjax.tokenizer import ByteTokenizer
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=14)
@@ -29,14 +28,11 @@ def tiny(form):
     model = tiny_model(seed=1, tie_embeddings=False, max_seq_len=LIMIT)
     printable = (jnp.arange(256) >= 32) & (jnp.arange(256) < 127)
     model.head.set_value(model.head[...] * printable[:, None])
-    return model if form == "float" else with_impl(pack_model(model), "ffi")
-
-
-def with_impl(model, impl):
-    model = nnx.clone(model)
-    for _, layer in bit_linears(model):
-        layer.impl = impl
-    return model
+    forms = {
+        "packed": lambda: pack_model(model),
+        "packed tables": lambda: pack_model(model, "ternary1.6", "int4"),
+    }
+    return model if form == "float" else changed(forms[form](), impl="ffi")
 
 
 @functools.cache
@@ -71,7 +67,7 @@ def what(completion):
     return completion.prompt, completion.text, completion.tokens, completion.finish_reason
 
 
-@pytest.mark.parametrize("form", ["float", "packed"])
+@pytest.mark.parametrize("form", ["float", "packed", "packed tables"])
 def test_greedy_text_is_the_models_without_a_cache(form):
     completions = generator(form).generate(PROMPTS, GREEDY)
     varied = set()
@@ -130,15 +126,17 @@ def test_one_compiled_step_serves_every_token_and_every_setting():
     assert gen._decode._cache_size() == 2
 
 
-def test_implementations_give_the_same_text():
-    (ffi,) = generator("packed").generate(["hello"], GREEDY)
-    reference = Generator(with_impl(tiny("packed"), "reference"))
-    assert what(reference.generate(["hello"], GREEDY)[0]) == what(ffi)
+@pytest.mark.parametrize("form", ["packed", "packed tables"])
+def test_implementations_give_the_same_text(form):
+    (ffi,) = generator(form).generate(["hello"], GREEDY)
+    for changes in ({"impl": "reference"}, {"impl": "ffi", "fuse": False}):
+        other = Generator(changed(tiny(form), **changes))
+        assert what(other.generate(["hello"], GREEDY)[0]) == what(ffi)
     assert len(set(ffi.text)) >= 6
 
 
 def test_bfloat16_follows_float32():
-    model = with_impl(tiny("packed"), "auto")
+    model = changed(tiny("packed"))
     model.dtype = jnp.dtype("bfloat16")
     gen = Generator(model)
     assert gen._empty_cache(1, 4)[0].keys.dtype == jnp.bfloat16

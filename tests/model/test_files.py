@@ -18,21 +18,30 @@ from tiny import tiny_config, tiny_model
 from bitjax.infer import pack_model
 from bitjax.model import bit_linears
 from bitjax.model.files import load_model, save_model, tensor_table
-from bitjax.packing import PackedTernary, packed_shape
+from bitjax.packing import PackedWeights, multiplier_shape, packed_shape
 
 TOKENS = jnp.asarray([[72, 101, 108, 108, 111, 0, 255, 10]], jnp.int32)
-forward = nnx.jit(lambda model: model(TOKENS))
+forward = nnx.jit(lambda model: model(TOKENS % model.config.vocab_size))
 
 
 def one_block(**changes):
     return tiny_model(num_layers=1, **changes)
 
 
+# Layout of the linear layers and format of the tables.
+FORMS = {
+    "packed": ("ternary2", "float32"),
+    "packed-bfloat16": ("ternary1.6", "bfloat16"),
+    "packed-int8": ("ternary2", "int8"),
+    "packed-int4": ("ternary1.6", "int4"),
+}
+
+
 def parameters(model):
-    """Dotted name -> array, straight from the module's attributes."""
-    found = {"embedding": model.embedding[...], "norm.scale": model.norm.scale[...]}
+    """Name in the file -> array, straight from the module's attributes."""
+    held = {"embedding": model.embedding.get_value(), "norm.scale": model.norm.scale[...]}
     if model.head is not None:
-        found["head"] = model.head[...]
+        held["head"] = model.head.get_value()
     for i, block in enumerate(model.blocks):
         norms = {
             "attention_norm": block.attention_norm,
@@ -42,16 +51,20 @@ def parameters(model):
         }
         for name, norm in norms.items():
             if norm is not None:
-                found[f"blocks.{i}.{name}.scale"] = norm.scale[...]
+                held[f"blocks.{i}.{name}.scale"] = norm.scale[...]
     for name, layer in bit_linears(model):
-        weight = layer.weight.get_value()
-        if isinstance(weight, PackedTernary):
-            found[f"{name}.weight.codes"] = weight.codes
-            found[f"{name}.weight.scale"] = weight.scale
-        else:
-            found[f"{name}.weight"] = weight
+        held[f"{name}.weight"] = layer.weight.get_value()
         if layer.norm is not None:
-            found[f"{name}.norm.scale"] = layer.norm.scale[...]
+            held[f"{name}.norm.scale"] = layer.norm.scale[...]
+    found = {}
+    for name, value in held.items():
+        if isinstance(value, PackedWeights):
+            found[f"{name}.{value.layout}"] = value.codes
+            found[f"{name}.scale"] = value.scale
+            if value.multipliers is not None:
+                found[f"{name}.multipliers"] = value.multipliers
+        else:
+            found[name] = value
     return {name: np.asarray(value) for name, value in found.items()}
 
 
@@ -76,6 +89,12 @@ def packed():
     return pack_model(one_block())
 
 
+@pytest.fixture(scope="module")
+def packed_tables():
+    """Every layout that `packed` lacks: ternary1.6, int4 (and int8 below)."""
+    return pack_model(one_block(tie_embeddings=False, vocab_size=48), "ternary1.6", "int4")
+
+
 @pytest.fixture
 def packed_file(packed, tmp_path):
     path = tmp_path / "model.safetensors"
@@ -83,9 +102,18 @@ def packed_file(packed, tmp_path):
     return path
 
 
+@pytest.fixture
+def tables_file(packed_tables, tmp_path):
+    path = tmp_path / "tables.safetensors"
+    save_model(path, packed_tables)
+    return path
+
+
 def refuses(path, message):
-    with pytest.raises(ValueError, match=message):
+    """One sentence, on one line."""
+    with pytest.raises(ValueError, match=message) as error:
         load_model(path)
+    assert "\n" not in str(error.value)
 
 
 # Round trips
@@ -103,11 +131,11 @@ def refuses(path, message):
     ],
     ids=lambda changes: ",".join(changes) or "plain",
 )
-@pytest.mark.parametrize("form", ["float", "packed", "packed-bfloat16"])
+@pytest.mark.parametrize("form", ["float", *FORMS])
 def test_round_trip(tmp_path, changes, form):
     model = one_block(**changes)
     if form != "float":
-        model = pack_model(model, "bfloat16" if form == "packed-bfloat16" else "float32")
+        model = pack_model(model, *FORMS[form])
     path = tmp_path / "model.safetensors"
     save_model(path, model)
     loaded = load_model(path)
@@ -126,7 +154,9 @@ def test_round_trip(tmp_path, changes, form):
 @pytest.mark.parametrize("weights", ["ternary", "float"])
 def test_logits_are_bit_identical(tmp_path, weights):
     model = one_block(weights=weights, tie_embeddings=False)
-    forms = [model, pack_model(model)] if weights == "ternary" else [model]
+    forms = [model]
+    if weights == "ternary":
+        forms += [pack_model(model, *form) for form in FORMS.values()]
     for index, form in enumerate(forms):
         path = tmp_path / f"{index}.safetensors"
         save_model(path, form)
@@ -141,10 +171,35 @@ def test_a_loaded_model_saves_to_the_same_bytes(packed_file, tmp_path):
     assert again.read_bytes() == packed_file.read_bytes()
 
 
+def test_names_and_types_of_packed_tensors(tables_file):
+    found = {name: (str(t.dtype), t.shape) for name, t in
+             safetensors.numpy.load_file(tables_file).items()}  # fmt: skip
+    blocks = {
+        # 48 x 32 in blocks of 16 x 20; 32 x 24 likewise; 48 x 32 in blocks of 16 x 8.
+        "blocks.0.attention.qkv.weight.ternary1.6": ("uint8", (3, 2, 64)),
+        "blocks.0.attention.qkv.weight.scale": ("float32", (48,)),
+        "blocks.0.attention.o.weight.ternary1.6": ("uint8", (2, 2, 64)),
+        "blocks.0.attention.o.weight.scale": ("float32", ()),
+        "blocks.0.ffn.gate_up.weight.ternary1.6": ("uint8", (3, 2, 64)),
+        "blocks.0.ffn.gate_up.weight.scale": ("float32", (48,)),
+        "blocks.0.ffn.down.weight.ternary1.6": ("uint8", (2, 2, 64)),
+        "blocks.0.ffn.down.weight.scale": ("float32", ()),
+        **{f"{table}.int4": ("uint8", (3, 4, 64)) for table in ("embedding", "head")},
+        **{f"{table}.multipliers": ("uint8", (3, 1, 16)) for table in ("embedding", "head")},
+        **{f"{table}.scale": ("float32", (48,)) for table in ("embedding", "head")},
+        "blocks.0.attention_norm.scale": ("float32", (32,)),
+        "blocks.0.attention.sub_norm.scale": ("float32", (24,)),
+        "blocks.0.ffn_norm.scale": ("float32", (32,)),
+        "blocks.0.ffn.sub_norm.scale": ("float32", (24,)),
+        "norm.scale": ("float32", (32,)),
+    }
+    assert found == blocks
+
+
 def test_metadata(packed_file):
     about = metadata(packed_file)
     assert about == {
-        "format": 1,
+        "format": 2,
         "config": dataclasses.asdict(tiny_config(num_layers=1)),
         "tokenizer": "bytes",
     }
@@ -153,8 +208,8 @@ def test_metadata(packed_file):
 def test_dtype_and_impl_reach_the_model(packed_file):
     model = load_model(packed_file, dtype="bfloat16", impl="reference")
     assert model.dtype == jnp.bfloat16
-    assert {layer.impl for _, layer in bit_linears(model)} == {"reference"}
-    assert {layer.impl for _, layer in bit_linears(load_model(packed_file))} == {"auto"}
+    for loaded, impl in ((model, "reference"), (load_model(packed_file), "auto")):
+        assert {layer.impl for _, layer in bit_linears(loaded)} == {loaded.impl} == {impl}
 
 
 def test_tensor_table_lists_the_file(packed_file):
@@ -177,7 +232,8 @@ def test_tensors_of_whole_cache_lines_are_aligned_in_the_file(packed_file):
     header, data, start = read_raw(packed_file)
     entries = {name: e["data_offsets"] for name, e in header.items() if name != "__metadata__"}
     aligned = {n for n, (first, last) in entries.items() if (last - first) % 64 == 0}
-    assert {n for n in entries if n.endswith(".codes")} | {"embedding"} <= aligned
+    assert {n for n in entries if n.endswith(".ternary2")} | {"embedding"} <= aligned
+    assert len(aligned) >= 5
     assert all((start + entries[name][0]) % 64 == 0 for name in aligned)
     # No gaps: any safetensors reader takes the file.
     spans = sorted(entries.values())
@@ -194,20 +250,31 @@ def mapped_ranges(path):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux's /proc")
-def test_large_tensors_stay_in_the_mapped_file(packed_file):
-    model = load_model(packed_file)
-    arrays = [("embedding", model.embedding[...])]
-    arrays += [(n, layer.weight.get_value().codes) for n, layer in bit_linears(model)]
-    ranges = mapped_ranges(packed_file)
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_large_tensors_stay_in_the_mapped_file(packed, tmp_path, form, check):
+    path = tmp_path / "model.safetensors"
+    layout, tables = FORMS[form]
+    save_model(path, pack_model(one_block(), layout, tables))
+    model = load_model(path, check=check)
+    table = model.embedding.get_value()
+    arrays = [(f"{n}.weight.{layout}", layer.weight.get_value().codes)
+              for n, layer in bit_linears(model)]  # fmt: skip
+    if tables in ("int8", "int4"):
+        arrays += [(f"embedding.{tables}", table.codes), ("embedding.scale", table.scale)]
+    else:
+        arrays += [("embedding", table)]
+    if tables == "int4":
+        arrays += [("embedding.multipliers", table.multipliers)]
+    ranges = mapped_ranges(path)
     assert ranges
-    header, _, start = read_raw(packed_file)
+    header, _, start = read_raw(path)
     for name, array in arrays:
         pointer = array.unsafe_buffer_pointer()
         assert pointer % 64 == 0, name
         inside = [r for r in ranges if r[0] <= pointer and pointer + array.nbytes <= r[1]]
         assert inside, f"{name} was copied"
-        entry = header[name if name == "embedding" else f"{name}.weight.codes"]
-        assert pointer - inside[0][0] == start + entry["data_offsets"][0], name
+        assert pointer - inside[0][0] == start + header[name]["data_offsets"][0], name
 
 
 def test_a_file_of_another_writer_loads_whatever_its_alignment(packed, packed_file, tmp_path):
@@ -264,10 +331,10 @@ def test_an_impossible_place_is_an_error(packed, tmp_path):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_not_written(tmp_path, value):
     model = one_block()
-    layer = model.blocks[0].ffn.up
+    layer = model.blocks[0].ffn.gate_up
     layer.weight.set_value(layer.weight[...].at[3, 4].set(value))
     with pytest.raises(
-        ValueError, match=r"blocks\.0\.ffn\.up\.weight holds 1 values .* at index \(3, 4\)"
+        ValueError, match=r"blocks\.0\.ffn\.gate_up\.weight holds 1 values .* at index \(3, 4\)"
     ):
         save_model(tmp_path / "model.safetensors", model)
     assert os.listdir(tmp_path) == []
@@ -311,26 +378,40 @@ def loads_or_refuses(path, like):
     wanted, got = parameters(like), parameters(model)
     assert {n: a.shape for n, a in got.items()} == {n: a.shape for n, a in wanted.items()}
     assert all(np.isfinite(a.astype(np.float32)).all() for a in got.values())
-    for name, layer in bit_linears(model):
-        codes = np.asarray(layer.weight.get_value().codes)
-        assert all(((codes >> shift) & 3 != 3).all() for shift in (0, 2, 4, 6)), name
+    for name, array in got.items():
+        if name.endswith(".ternary2"):
+            assert all(((array >> shift) & 3 != 3).all() for shift in (0, 2, 4, 6)), name
+        if name.endswith(".ternary1.6"):
+            assert array.max() < 3**5, name
+        if name.endswith(".int8"):
+            assert array.min() > 0, name
+        if name.endswith(".multipliers"):
+            assert array.min() >= 1, name
+            assert array.max() <= 15, name
     return True
 
 
-def test_every_header_byte_flipped(packed, packed_file):
+# A file with int4 tables has a longer header: of it, every third byte.
+@pytest.mark.parametrize(("form", "every"), [("packed", 1), ("packed_tables", 3)])
+def test_every_header_byte_flipped(request, tmp_path, form, every):
+    packed, packed_file = request.getfixturevalue(form), tmp_path / "model.safetensors"
+    save_model(packed_file, packed)
     raw = packed_file.read_bytes()
     _, _, start = read_raw(packed_file)
     draw = random.Random(1)
     loaded = 0
-    for at in range(start):
+    for at in range(0, start, every):
         damaged = bytearray(raw)
         damaged[at] ^= 1 << draw.randrange(8)
         packed_file.write_bytes(damaged)
         loaded += loads_or_refuses(packed_file, packed)
-    assert loaded < start / 20
+    assert loaded < start / every / 20
 
 
-def test_random_bits_flipped(packed, packed_file):
+@pytest.mark.parametrize("form", ["packed", "packed_tables"])
+def test_random_bits_flipped(request, tmp_path, form):
+    packed, packed_file = request.getfixturevalue(form), tmp_path / "model.safetensors"
+    save_model(packed_file, packed)
     raw = packed_file.read_bytes()
     draw, outcomes = random.Random(2), []
     for _ in range(150):
@@ -391,8 +472,8 @@ def test_no_metadata(packed_file):
 
 @pytest.mark.parametrize(
     "about",
-    ["", "not JSON", "[]", "5", "null", "{}", '{"format": 1}', '{"format": 1, "config": {}}',
-     "[" * 100_000, '{"format": 1, "tokenizer": "bytes", "config": ' + "[" * 100_000,
+    ["", "not JSON", "[]", "5", "null", "{}", '{"format": 2}', '{"format": 2, "config": {}}',
+     "[" * 100_000, '{"format": 2, "tokenizer": "bytes", "config": ' + "[" * 100_000,
      '{"format": ' + "9" * 5000 + "}"],
     ids=lambda about: about[:20],
 )  # fmt: skip
@@ -404,8 +485,9 @@ def test_metadata_that_cannot_be_read(packed_file, about):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "model file format 2; this version reads 1"),
-        ({"format": "1"}, "model file format '1'; this version reads 1"),
+        ({"format": 1}, "model file format 1; this version reads 2"),
+        ({"format": 3}, "model file format 3; this version reads 2"),
+        ({"format": "2"}, "model file format '2'; this version reads 2"),
         ({"tokenizer": "bpe"}, "unknown tokenizer 'bpe'; this version has 'bytes'"),
         ({"tokenizer": None}, "unknown tokenizer None; this version has 'bytes'"),
         ({"config": []}, r"model is not an object of settings: \[\]"),
@@ -423,10 +505,10 @@ def test_metadata_of_another_kind(packed_file, change, message):
 @pytest.mark.parametrize(
     ("setting", "factor", "tensor"),
     [
-        ("hidden_size", 1, r"blocks\.0\.attention\.k\.weight: codes are uint8\[1, 2, 64\]"),
+        ("hidden_size", 1, r"blocks\.0\.attention\.o\.weight: codes are uint8\[2, 2, 64\]"),
         ("intermediate_size", 1, r"blocks\.0\.ffn\.down\.weight: codes are uint8\[2, 2, 64\]"),
         ("num_heads", 2, r"blocks\.0\.attention\.o\.weight: codes are uint8\[2, 2, 64\]"),
-        ("head_dim", 2, r"blocks\.0\.attention\.k\.weight: codes are uint8\[1, 2, 64\]"),
+        ("head_dim", 2, r"blocks\.0\.attention\.o\.weight: codes are uint8\[2, 2, 64\]"),
         ("vocab_size", 1, r"embedding is float32\[256, 32\]; the configuration needs a float \["),
         ("num_layers", 1, "holds 1 layers; its configuration has num_layers="),
     ],
@@ -444,9 +526,14 @@ def change(tensors, name, value=None):
     return rest if value is None else rest | {name: value}
 
 
-UP = "blocks.0.ffn.up.weight"
+UP = "blocks.0.ffn.gate_up.weight"
 LINE = np.zeros(16, np.float32)
-UP_CODES = packed_shape(24, 32)
+UP_CODES = packed_shape("ternary2", 48, 32)
+TABLE_CODES, TABLE_MULTIPLIERS = packed_shape("int4", 48, 32), multiplier_shape(48, 32)
+
+
+def bytes_of(shape, value=0x55):
+    return np.full(shape, value, np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -454,10 +541,14 @@ UP_CODES = packed_shape(24, 32)
     [
         ("norm.scale", None, r"norm\.scale is missing$"),
         ("embedding", None, "embedding is missing$"),
-        (f"{UP}.scale", None, r"blocks\.0\.ffn\.up\.weight\.scale is missing$"),
-        (f"{UP}.codes", None, r"blocks\.0\.ffn\.up\.weight is missing$"),
+        (f"{UP}.scale", None, r"blocks\.0\.ffn\.gate_up\.weight\.scale is missing$"),
+        (f"{UP}.ternary2", None, r"blocks\.0\.ffn\.gate_up\.weight is missing$"),
         ("head", LINE, "holds tensors that its configuration has no place for: head$"),
-        (UP, LINE, r"has no place for: blocks\.0\.ffn\.up\.weight$"),
+        (UP, LINE, r"has no place for: blocks\.0\.ffn\.gate_up\.weight$"),
+        (f"{UP}.ternary1.6", bytes_of(packed_shape("ternary1.6", 48, 32)),
+         r"has no place for: blocks\.0\.ffn\.gate_up\.weight\.ternary1\.6$"),
+        (f"{UP}.codes", bytes_of(UP_CODES), r"has no place for: .*gate_up\.weight\.codes$"),
+        (f"{UP}.ternary", bytes_of(UP_CODES), r"has no place for: .*gate_up\.weight\.ternary$"),
         ("blocks.1.x", LINE, "holds 2 layers; its configuration has num_layers=1$"),
         ("norm.scale", np.zeros(31, np.float32),
          r"norm\.scale is float32\[31\]; the configuration needs a float \[32\]"),
@@ -469,34 +560,142 @@ UP_CODES = packed_shape(24, 32)
          r"norm\.scale holds 32 values that are not finite, the first at index \(0,\)"),
         ("embedding", np.full((256, 32), -np.inf, ml_dtypes.bfloat16),
          r"embedding holds 8192 values that are not finite, the first at index \(0, 0\)"),
-        (f"{UP}.codes", np.zeros((2, 2, 32), np.uint8),
-         r"up\.weight: codes are uint8\[2, 2, 32\]; a 24 x 32 matrix needs uint8\[2, 2, 64\]"),
-        (f"{UP}.codes", np.zeros(256, np.uint8), r"up\.weight: codes are uint8\[256\]; "),
-        (f"{UP}.codes", np.zeros(UP_CODES, np.float32),
-         r"up\.weight: codes are float32\[2, 2, 64\]; "),
-        (f"{UP}.codes", np.full(UP_CODES, 0x0C, np.uint8), r"up\.weight: holds the code 3, "),
+        (f"{UP}.ternary2", bytes_of((3, 2, 32)), r"up\.weight: codes are uint8\[3, 2, 32\]; "
+         r"a 48 x 32 ternary2 matrix needs uint8\[3, 2, 64\]"),
+        (f"{UP}.ternary2", bytes_of(256), r"up\.weight: codes are uint8\[256\]; "),
+        (f"{UP}.ternary2", np.zeros(UP_CODES, np.float32),
+         r"up\.weight: codes are float32\[3, 2, 64\]; "),
+        (f"{UP}.ternary2", bytes_of(UP_CODES, 0x0C), r"up\.weight: holds the code 3, "),
         (f"{UP}.scale", np.array([1], np.float32),
-         r"up\.weight: the scale must be one float32; got float32\[1\]"),
+         r"up\.weight: scales must be one float32 or 48, one a row; got float32\[1\]"),
+        (f"{UP}.scale", np.ones((48, 1), np.float32), r"one a row; got float32\[48, 1\]"),
         (f"{UP}.scale", np.array(1, ml_dtypes.bfloat16),
-         r"up\.weight: the scale must be one float32; got bfloat16\[\]"),
+         r"up\.weight: scales must be one float32 or 48, one a row; got bfloat16\[\]"),
         (f"{UP}.scale", np.array(np.nan, np.float32), r"up\.weight: the scale nan is not finite"),
         (f"{UP}.scale", np.array(np.inf, np.float32), r"up\.weight: the scale inf is not finite"),
-        ("norm.scale.codes", np.zeros(UP_CODES, np.uint8),
-         r"norm\.scale cannot be packed; only linear layers can"),
+        (f"{UP}.scale", np.array([1] * 47 + [np.inf], np.float32), r"inf\] is not finite"),
+        ("norm.scale.ternary2", bytes_of(UP_CODES), r"norm\.scale cannot be ternary2; "
+         "linear layers are packed as ternary, embedding and head as int4 or int8$"),
+        ("norm.scale.int8", bytes_of(UP_CODES), r"norm\.scale cannot be int8; "),
+        (f"{UP}.multipliers", bytes_of(multiplier_shape(48, 32), 1),
+         r"gate_up\.weight.*multipliers"),
+        (f"{UP}.multipliers", np.zeros((0,), np.float32), r"gate_up\.weight.*multipliers"),
     ],
 )  # fmt: skip
 def test_tensors_that_are_not_the_configurations(packed_file, name, value, message):
     rewritten(packed_file, tensors=change(safetensors.numpy.load_file(packed_file), name, value))
     refuses(packed_file, message)
+    refuses_unchecked(packed_file, message)
+
+
+def test_a_norm_cannot_be_packed(packed_file):
+    tensors = safetensors.numpy.load_file(packed_file)
+    extra = {"norm.scale.int8": bytes_of((2, 8, 64)), "norm.scale.scale": np.ones(32, np.float32)}
+    rewritten(packed_file, tensors=tensors | extra)
+    refuses(packed_file, r"norm\.scale cannot be int8; linear layers are packed as ternary, ")
+
+
+def refuses_unchecked(path, message):
+    """Without the check of values, what is not finite or no code is let pass, and nothing else."""
+    of_values = re.search("values that are not|holds the code|holds a byte", message)
+    if not of_values:
+        with pytest.raises(ValueError, match=message):
+            load_model(path, check=False)
+    else:
+        load_model(path, check=False)
+
+
+@pytest.mark.parametrize("table", ["embedding", "head"])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("int4", None, " is missing$"),
+        ("scale", None, r"\.scale is missing$"),
+        ("multipliers", None, ": int4 weights need multipliers$"),
+        ("multipliers", bytes_of(TABLE_MULTIPLIERS, 0), ": multipliers must be from 1 to 15$"),
+        ("multipliers", bytes_of(TABLE_MULTIPLIERS, 16), ": multipliers must be from 1 to 15$"),
+        ("multipliers", bytes_of((3, 2, 16), 1), r": multipliers are uint8\[3, 2, 16\]; "
+         r"a 48 x 32 int4 matrix needs uint8\[3, 1, 16\]$"),
+        ("multipliers", np.ones(TABLE_MULTIPLIERS, np.float32), r": multipliers are float32\["),
+        ("int4", bytes_of((3, 3, 64)), r": codes are uint8\[3, 3, 64\]; "
+         r"a 48 x 32 int4 matrix needs uint8\[3, 4, 64\]$"),
+        ("scale", np.ones(32, np.float32), ": scales must be one float32 or 48, one a row; got "),
+        ("scale", np.full(48, np.nan, np.float32), ": .*not finite"),
+        ("int8", bytes_of(packed_shape("int8", 48, 32)), r" has no place for: \w+\.int8$"),
+        ("ternary2", bytes_of(UP_CODES), " cannot be ternary2; linear layers are packed as "),
+    ],
+)  # fmt: skip
+def test_tensors_of_packed_tables(tables_file, table, name, value, message):
+    tensors = safetensors.numpy.load_file(tables_file)
+    rewritten(tables_file, tensors=change(tensors, f"{table}.{name}", value))
+    message = message if "place for" in message else f"{table}{message}"
+    refuses(tables_file, message)
+    refuses_unchecked(tables_file, message)
+
+
+@pytest.mark.parametrize("layout", ["int8", "int4"])
+def test_a_linear_layer_is_not_packed_as_a_table(packed_file, layout):
+    tensors = safetensors.numpy.load_file(packed_file)
+    codes = {f"{UP}.{layout}": bytes_of(packed_shape(layout, 48, 32))}
+    rewritten(packed_file, tensors=change(tensors, f"{UP}.ternary2") | codes)
+    refuses(packed_file, f"weight cannot be {layout}; linear layers are packed as ternary, ")
 
 
 @pytest.mark.parametrize("place", range(4))
 def test_a_single_code_3_is_found_wherever_it_is(packed_file, place):
     tensors = safetensors.numpy.load_file(packed_file)
-    codes = tensors[f"{UP}.codes"].copy()
+    codes = tensors[f"{UP}.ternary2"].copy()
     codes[-1, -1, -1] |= 3 << (2 * place)
-    rewritten(packed_file, tensors=change(tensors, f"{UP}.codes", codes))
-    refuses(packed_file, r"blocks\.0\.ffn\.up\.weight: holds the code 3")
+    rewritten(packed_file, tensors=change(tensors, f"{UP}.ternary2", codes))
+    refuses(packed_file, r"blocks\.0\.ffn\.gate_up\.weight: holds the code 3")
+
+
+@pytest.mark.parametrize("value", [243, 255])
+def test_a_single_byte_above_242_is_found(tables_file, value):
+    tensors = safetensors.numpy.load_file(tables_file)
+    codes = tensors[f"{UP}.ternary1.6"].copy()
+    codes[-1, -1, -1] = value
+    rewritten(tables_file, tensors=change(tensors, f"{UP}.ternary1.6", codes))
+    refuses(tables_file, r"gate_up\.weight: holds a byte above 242, which stands for no five")
+
+
+def test_a_single_int8_code_0_is_found(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_model(path, pack_model(one_block(), tables="int8"))
+    tensors = safetensors.numpy.load_file(path)
+    codes = tensors["embedding.int8"].copy()
+    codes[-1, -1, -1] = 0
+    rewritten(path, tensors=change(tensors, "embedding.int8", codes))
+    refuses(path, r"embedding: holds the code 0, which stands for no weight$")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_unchecked_bytes_give_wrong_numbers_and_never_more(tmp_path, form, impl):
+    path = tmp_path / "model.safetensors"
+    save_model(path, pack_model(one_block(), *FORMS[form]))
+    np.testing.assert_array_equal(
+        forward(load_model(path, impl=impl)), forward(load_model(path, impl=impl, check=False))
+    )
+    tensors = safetensors.numpy.load_file(path)
+    for name, array in tensors.items():
+        if array.dtype == np.uint8 and not name.endswith(".multipliers"):
+            tensors[name] = np.full_like(array, 0 if name.endswith("int8") else 255)
+    rewritten(path, tensors=tensors)
+    logits = np.asarray(forward(load_model(path, impl=impl, check=False)))
+    assert logits.shape == (1, 8, 256)
+    assert np.isfinite(logits).all()
+
+
+def test_a_table_of_one_scale_and_a_layer_of_one_scale_load(tables_file):
+    """A scale is one number or one a row, whatever the matrix."""
+    tensors = safetensors.numpy.load_file(tables_file)
+    names = ("embedding.scale", f"{UP}.scale")
+    rewritten(tables_file, tensors=tensors | {n: np.array(0.5, np.float32) for n in names})
+    one = np.asarray(forward(load_model(tables_file)))
+    same = {n: np.full(48, 0.5, np.float32) for n in names}
+    rewritten(tables_file, tensors=tensors | same)
+    np.testing.assert_array_equal(one, forward(load_model(tables_file)))
 
 
 def test_a_renamed_tensor(packed_file):

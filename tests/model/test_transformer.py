@@ -6,10 +6,12 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
-from tiny import tiny_config, tiny_model
+from tiny import changed, tiny_config, tiny_model
 
+from bitjax.infer import pack_model
 from bitjax.model import Transformer, abstract_model, bit_linears, parameter_count
 from bitjax.presets import MODELS
+from bitjax.quant import int4_grouped, int8_per_row
 
 VARIANTS = {
     "b1.58": {},
@@ -30,11 +32,7 @@ def named_params(model):
     }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_against_a_plain_float64_decoder(variant):
-    model = tiny_model(**({"init_std": 0.3} | VARIANTS[variant]))
-    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, 9)
-    expected = oracle.transformer(named_params(model), dataclasses.asdict(model.config), tokens)
+def check(model, expected, tokens):
     logits = np.asarray(model(jnp.asarray(tokens)[None]))[0]
     # float32 against float64; with int8 activations a rounding tie may move one code, 1/127 of the
     # largest activation, so that case is compared by its typical error.
@@ -46,17 +44,96 @@ def test_against_a_plain_float64_decoder(variant):
         assert error.max() < 0.05
 
 
+def decoded(model, tokens, **replaced):
+    """Logits of the float64 decoder with a trained model's parameters, some of them replaced."""
+    config = dataclasses.asdict(model.config)
+    return oracle.transformer(
+        named_params(model) | replaced, config, tokens, int8_head=bool(replaced)
+    )
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_cache_in_pieces_equals_one_pass(variant):
-    model = tiny_model(**VARIANTS[variant])
-    tokens = jax.random.randint(jax.random.key(1), (2, 10), 0, model.config.vocab_size)
-    whole = model(tokens)
+def test_against_a_plain_float64_decoder(variant):
+    model = tiny_model(**({"init_std": 0.3} | VARIANTS[variant]))
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, 9)
+    expected = decoded(model, tokens)
+    check(model, expected, tokens)
+    if model.config.weights != "float":
+        packed = pack_model(model, "ternary1.6" if variant == "inner norm" else "ternary2")
+        check(packed, expected, tokens)
+        check(changed(packed, impl="reference"), expected, tokens)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_packed_tables_against_a_plain_float64_decoder(tie, form):
+    """The decoder reads the dequantised tables; the head's inputs are int8."""
+    model = tiny_model(tie_embeddings=tie, vocab_size=61)
+    tables = {}
+    for name in ("embedding",) if tie else ("embedding", "head"):
+        table = np.asarray(getattr(model, name)[...])
+        if form == "int8":
+            codes, scale = int8_per_row(table)
+        else:
+            codes, multipliers, scale = int4_grouped(table, 32)
+            codes = codes.astype(np.int64) * multipliers  # one group: 32 columns
+        tables[name] = codes * scale.astype(np.float64)[:, None]
+    tokens = np.random.default_rng(0).integers(0, 61, 9)
+    expected = decoded(model, tokens, **tables)
+    packed = pack_model(model, tables=form)
+    check(packed, expected, tokens)
+    check(changed(packed, impl="reference"), expected, tokens)
+    # Four bits cost more than eight, and neither makes it another model.
+    plain = decoded(model, tokens)
+    error = np.sqrt(np.mean((expected - plain) ** 2)) / plain.std()
+    assert 0.002 < error < (0.05 if form == "int8" else 0.4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "full precision"])
+def test_unfused_packed_logits_equal_the_trained_to_the_bit(variant, dtype):
+    """Operation by operation; compiled, XLA may order the sums of norms and softmax anew."""
+    model = tiny_model(dtype=dtype, num_layers=1, **VARIANTS[variant])
+    tokens = jax.random.randint(jax.random.key(2), (2, 7), 0, model.config.vocab_size)
+    trained = np.asarray(model(tokens))
+    for layout in ("ternary2", "ternary1.6"):
+        packed = changed(pack_model(model, layout), fuse=False)
+        np.testing.assert_array_equal(np.asarray(packed(tokens)), trained)
+
+
+def test_the_head_of_a_bfloat16_model_gives_float32_logits():
+    model = pack_model(tiny_model(dtype="bfloat16", num_layers=1), tables="int8")
+    hidden = jax.random.normal(jax.random.key(3), (3, 32)).astype(jnp.bfloat16)
+    logits = model.logits(hidden)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_array_equal(logits, model.logits(hidden.astype(jnp.float32)))
+    tokens = jnp.zeros((1, 3), jnp.int32)
+    hidden, _ = model.extend(tokens, jnp.arange(3)[None], None)
+    assert hidden.dtype == jnp.bfloat16
+
+
+def with_cache(model, tokens):
+    """Logits of every position, by three pieces through the cache."""
     cache, pieces = model.empty_cache(2, 12), []
     for first, last in ((0, 4), (4, 5), (5, 10)):
         positions = jnp.broadcast_to(jnp.arange(first, last), (2, last - first))
         hidden, cache = model.extend(tokens[:, first:last], positions, cache)
         pieces.append(model.logits(hidden))
-    np.testing.assert_allclose(np.asarray(jnp.concatenate(pieces, 1)), np.asarray(whole), atol=2e-5)
+    return np.asarray(jnp.concatenate(pieces, 1))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cache_in_pieces_equals_one_pass(variant):
+    model = tiny_model(**VARIANTS[variant])
+    tokens = jax.random.randint(jax.random.key(1), (2, 10), 0, model.config.vocab_size)
+    np.testing.assert_allclose(with_cache(model, tokens), np.asarray(model(tokens)), atol=2e-5)
+
+
+@pytest.mark.parametrize("tables", ["float32", "int8", "int4"])
+def test_cache_in_pieces_of_a_packed_model(tables):
+    model = pack_model(tiny_model(tie_embeddings=False), "ternary1.6", tables)
+    tokens = jax.random.randint(jax.random.key(1), (2, 10), 0, model.config.vocab_size)
+    np.testing.assert_allclose(with_cache(model, tokens), np.asarray(model(tokens)), atol=2e-5)
 
 
 def test_attention_is_causal():
@@ -81,9 +158,29 @@ def test_bit_linears_are_all_linear_layers():
     model = tiny_model(num_layers=2)
     found = {id(layer) for _, layer in bit_linears(model)}
     names = [name for name, _ in bit_linears(model)]
-    assert len(found) == len(names) == 14
-    assert names[0] == "blocks.0.attention.q"
+    assert len(found) == len(names) == 8
+    assert names[:4] == [
+        "blocks.0.attention.qkv", "blocks.0.attention.o", "blocks.0.ffn.gate_up",
+        "blocks.0.ffn.down",
+    ]  # fmt: skip
     assert names[-1] == "blocks.1.ffn.down"
+    linear = {
+        name.removesuffix(".weight")
+        for name, array in named_params(model).items()
+        if array.ndim == 2 and name != "embedding"
+    }
+    assert linear == set(names)
+
+
+def test_stacked_matrices_have_their_rows():
+    model = tiny_model(num_layers=1)
+    found = {name: (layer.segments, layer.weight.shape) for name, layer in bit_linears(model)}
+    assert found == {
+        "blocks.0.attention.qkv": ((24, 12, 12), (48, 32)),
+        "blocks.0.attention.o": ((), (32, 24)),
+        "blocks.0.ffn.gate_up": ((24, 24), (48, 32)),
+        "blocks.0.ffn.down": ((), (32, 24)),
+    }
 
 
 # Parameters as published: exactly for Llama 3 8B and Falcon3 10B (their Hugging Face pages) and

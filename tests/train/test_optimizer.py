@@ -47,9 +47,9 @@ def test_decay_touches_linear_weights_only():
     decayed = sorted(
         jax.tree_util.keystr(path, simple=True, separator="/") for path, on in flat if on
     )
-    assert len(decayed) == 7
+    assert len(decayed) == 4  # qkv and o, gate_up and down
     assert all("/weight" in path for path in decayed)
-    assert len(flat) == 7 + 2 + 5  # embedding and head; four norms of the block, one at the end
+    assert len(flat) == 4 + 2 + 5  # embedding and head; four norms of the block, one at the end
 
 
 def test_update_is_adamw_with_a_clipped_gradient():

@@ -1,0 +1,197 @@
+"""Time a packed model: decoding, prompts, batches, loading and memory; other engines in turn.
+
+The measured quantities, as other engines' benchmarks have them:
+
+    decode      tokens/s of one sequence, each token fed back, from a short context
+    prompt P    tokens/s of a prompt of P tokens, up to the first drawn token
+    batch B     tokens/s of B sequences together while decoding, after prompts of 128 tokens
+
+The floor of a decoded token is the bytes that it must read (packed layers, norms, head and cache)
+over the memory's read bandwidth; of a prompt, its integer operations over the dot product's peak.
+Both limits are measured in the same run. Rounds of everything are interleaved, so that a noisy
+machine's moods meet all engines alike; ratios are taken round by round.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bitjax import terminal
+from bitjax.bench.ceilings import dot_peak, read_bandwidth, threads
+from bitjax.bench.machine import machine
+from bitjax.bench.rivals import Rival
+from bitjax.infer import Generator, SamplingParams
+from bitjax.model import Transformer, bit_linears
+from bitjax.model.files import load_model
+
+DECODED = 64  # tokens a decode round times
+BATCH_PROMPT, BATCH_DECODED = 128, 32
+SHORT_PROMPT = 16
+
+
+def bench_model(
+    path: Path,
+    prompts: Sequence[int],
+    batches: Sequence[int],
+    rivals: Sequence[Rival],
+    rounds: int,
+) -> dict[str, Any]:
+    """Print a table of rates, their spread and fraction of each limit; then one line of JSON.
+
+    Args:
+        path: a packed model file.
+        prompts: prompt lengths.
+        batches: numbers of sequences.
+        rivals: other engines, which take their turn in every round.
+        rounds: interleaved repetitions; medians are reported.
+
+    Raises:
+        ValueError: not a model file, a prompt beyond the context, or an engine that fails.
+    """
+    started = time.perf_counter()
+    model = load_model(path, check=False)
+    generator = Generator(model)
+    loaded = time.perf_counter() - started
+    _decode(generator, 1, SHORT_PROMPT, 2)
+    first_token = time.perf_counter() - started
+    works: dict[str, Any] = {"decode": lambda: _decode(generator, 1, SHORT_PROMPT, DECODED)}
+    for P in prompts:
+        works[f"prompt {P}"] = lambda P=P: _prompt(generator, P)
+    for B in batches:
+        works[f"batch {B}"] = lambda B=B: _decode(generator, B, BATCH_PROMPT, BATCH_DECODED)
+    for work in works.values():
+        work()  # compiles
+
+    rates: dict[str, list[float]] = {name: [] for name in works}
+    theirs: dict[str, dict[str, list[float]]] = {
+        r.name: {name: [] for name in works} for r in rivals
+    }
+    read, peak = [], []
+    for _ in range(rounds):
+        read.append(read_bandwidth(threads()))
+        peak.append(dot_peak(threads()))
+        for name, work in works.items():
+            rates[name].append(work())
+            for rival in rivals:
+                rate = rival.measure(name, threads())
+                if rate is not None:
+                    theirs[rival.name][name].append(rate)
+    limits = _limits(model, statistics.median(read), statistics.median(peak))
+    results = {
+        name: {
+            "tokens_per_s": statistics.median(values),
+            "slowest": min(values),
+            "fastest": max(values),
+            "limit": limits(name),
+            "of_limit": statistics.median(values) / limits(name),
+            "against": {
+                rival: _ratio(values, other[name]) for rival, other in theirs.items() if other[name]
+            },
+        }
+        for name, values in rates.items()
+    }
+    _print_table(path, results, theirs, statistics.median(read), statistics.median(peak))
+    document = {
+        **machine(),
+        "model": path.name,
+        "file_bytes": path.stat().st_size,
+        "load_s": loaded,
+        "first_token_s": first_token,
+        "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "read_gb_per_s": [value / 1e9 for value in read],
+        "peak_gop_per_s": [value / 1e9 for value in peak],
+        "results": results,
+        "rivals": theirs,
+    }
+    print(json.dumps(document))
+    return document
+
+
+def _decode(generator: Generator, sequences: int, prompt: int, count: int) -> float:
+    """Tokens per second of all sequences together; the first tokens are not timed."""
+    prompts = _random_prompts(generator, sequences, prompt)
+    params = [SamplingParams(max_new_tokens=count + 2, temperature=0)] * sequences
+    tokens = generator.tokens(prompts, params)
+    next(tokens)
+    next(tokens)
+    started = time.perf_counter()
+    for _ in range(count):
+        next(tokens)
+    return sequences * count / (time.perf_counter() - started)
+
+
+def _prompt(generator: Generator, length: int) -> float:
+    params = [SamplingParams(max_new_tokens=1, temperature=0)]
+    prompts = _random_prompts(generator, 1, length)
+    started = time.perf_counter()
+    next(generator.tokens(prompts, params))
+    return length / (time.perf_counter() - started)
+
+
+def _random_prompts(generator: Generator, sequences: int, length: int) -> list[list[int]]:
+    limit = generator.config.max_seq_len
+    if length >= limit:
+        raise ValueError(f"a prompt of {length} tokens leaves no room in the context of {limit}")
+    rng = np.random.default_rng(0)
+    return rng.integers(0, generator.config.vocab_size, (sequences, length)).tolist()
+
+
+def _limits(model: Transformer, read: float, peak: float) -> Any:
+    """The most tokens per second that each kind of work can reach on this machine."""
+    config = model.config
+    layers = sum(layer.weight.get_value().nbytes for _, layer in bit_linears(model))
+    head = (model.embedding if model.head is None else model.head).get_value()
+    head_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(head))
+    weights = sum(np.prod(layer.weight.get_value().shape) for _, layer in bit_linears(model))
+    cache_slot = (
+        2 * config.num_layers * config.num_kv_heads * config.head_dim * model.dtype.itemsize
+    )
+    head_weights = config.vocab_size * config.hidden_size
+
+    def limit(name: str) -> float:
+        kind, _, size = name.partition(" ")
+        if kind == "prompt":
+            return peak / (2 * float(weights))
+        sequences, context = (1, SHORT_PROMPT) if kind == "decode" else (int(size), BATCH_PROMPT)
+        half = (DECODED if kind == "decode" else BATCH_DECODED) / 2
+        moved = layers + head_bytes + sequences * cache_slot * (context + half)
+        work = 2 * sequences * float(weights + head_weights)
+        return sequences / max(moved / read, work / peak)
+
+    return limit
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+
+
+def _print_table(
+    path: Path, results: dict[str, Any], theirs: dict[str, Any], read: float, peak: float
+) -> None:
+    rows = []
+    for name, r in results.items():
+        row = [
+            name, f"{r['tokens_per_s']:.1f}", f"{r['slowest']:.1f}-{r['fastest']:.1f}",
+            f"{r['limit']:.0f}", f"{r['of_limit']:.0%}",
+        ]  # fmt: skip
+        for rival in theirs:
+            ratio = r["against"].get(rival)
+            spread = "{median:.2f}x ({lowest:.2f}-{highest:.2f})"
+            row.append("" if ratio is None else spread.format(**ratio))
+        rows.append(tuple(row))
+    terminal.table(
+        ("tokens/s", "median", "spread", "limit", "of limit", *(f"against {n}" for n in theirs)),
+        rows,
+        title=f"{path.name}, {threads()} threads; memory reads {read / 1e9:.1f} GB/s, "
+        f"dot products {peak / 1e9:.0f} GOP/s",
+    )
