@@ -64,7 +64,7 @@ def bench_kernels(
                 f"{r['microseconds']:.0f} ({r['fastest']:.0f}-{r['slowest']:.0f})",
                 f"{r['gb_per_s']:.1f} ({r['of_read']:.0%})",
                 f"{r['gop_per_s']:.0f} ({r['of_peak']:.0%})",
-            )  # fmt: skip
+            )
             for r in results
         ],
         title=f"{rows} x {cols} weights, {threads()} threads; "

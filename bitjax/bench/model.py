@@ -180,17 +180,16 @@ def _print_table(
 ) -> None:
     rows = []
     for name, r in results.items():
-        row = [
-            name, f"{r['tokens_per_s']:.1f}", f"{r['slowest']:.1f}-{r['fastest']:.1f}",
-            f"{r['limit']:.0f}", f"{r['of_limit']:.0%}",
-        ]  # fmt: skip
-        for rival in theirs:
-            ratio = r["against"].get(rival)
-            spread = "{median:.2f}x ({lowest:.2f}-{highest:.2f})"
-            row.append("" if ratio is None else spread.format(**ratio))
-        rows.append(tuple(row))
+        rows.append((
+            name, "bitjax", f"{r['tokens_per_s']:.1f} ({r['slowest']:.1f}-{r['fastest']:.1f})",
+            f"{r['of_limit']:.0%} of {r['limit']:.0f}",
+        ))  # fmt: skip
+        for rival, ratio in r["against"].items():
+            rate = statistics.median(theirs[rival][name])
+            spread = "{median:.2f}x ({lowest:.2f}-{highest:.2f})".format(**ratio)
+            rows.append(("", rival, f"{rate:.1f}", f"bitjax is {spread}"))
     terminal.table(
-        ("tokens/s", "median", "spread", "limit", "of limit", *(f"against {n}" for n in theirs)),
+        ("work", "engine", "tokens/s", "limit, or ratio"),
         rows,
         title=f"{path.name}, {threads()} threads; memory reads {read / 1e9:.1f} GB/s, "
         f"dot products {peak / 1e9:.0f} GOP/s",
