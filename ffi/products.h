@@ -352,6 +352,8 @@ void unpack_panel(const PackedRows& w, int64_t first, int64_t last, uint8_t* pan
     for (int v = 0; v < kBlockRows / Isa::kLanes; ++v) {
       uint8_t* to = panel + row * kBlockBytes + v * Isa::kLanes * kLaneBytes;
       for (int64_t kb = first; kb < last; ++kb) {
+        // What the next panel of these rows is made of arrives while this one is multiplied.
+        __builtin_prefetch(codes + (kb + last - first) * kBlockBytes);
         Bytes plane[P];
         Lay::clean(Isa::load(codes + kb * kBlockBytes + v * Isa::kLanes * kLaneBytes), plane);
         if constexpr (kSpec.group_blocks != 0) {

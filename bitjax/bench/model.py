@@ -59,7 +59,7 @@ def bench_model(
     """
     started = time.perf_counter()
     model = load_model(path, check=False)
-    generator = Generator(model)
+    generator = Generator(model, cache_dtype="bfloat16")  # other engines: float16
     loaded = time.perf_counter() - started
     _decode(generator, 1, SHORT_PROMPT, 2)
     first_token = time.perf_counter() - started
@@ -152,9 +152,7 @@ def _limits(model: Transformer, read: float, peak: float) -> Any:
     head = (model.embedding if model.head is None else model.head).get_value()
     head_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(head))
     weights = sum(np.prod(layer.weight.get_value().shape) for _, layer in bit_linears(model))
-    cache_slot = (
-        2 * config.num_layers * config.num_kv_heads * config.head_dim * model.dtype.itemsize
-    )
+    cache_slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2
     head_weights = config.vocab_size * config.hidden_size
 
     def limit(name: str) -> float:

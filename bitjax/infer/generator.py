@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from bitjax.config import DType
 from bitjax.infer.sampling import SamplingArrays, SamplingParams, sample
 from bitjax.model import Cache, Transformer
 from bitjax.tokenizer import ByteTokenizer
@@ -74,12 +75,13 @@ class Generator:
     Args:
         model: any Transformer; its parameters are passed to the compiled functions as arguments,
             so packed weights are used in place.
+        cache_dtype: of the KV cache; the model's if None. "bfloat16" halves what attention reads.
 
     Raises:
         ValueError: a vocabulary without all of the tokenizer's tokens.
     """
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, cache_dtype: DType | None = None) -> None:
         self.tokenizer = ByteTokenizer()
         self.config = model.config
         if self.config.vocab_size < self.tokenizer.vocab_size:
@@ -91,7 +93,7 @@ class Generator:
         self._params = params
         self._prefill = jax.jit(functools.partial(_prefill, graph), donate_argnums=3)
         self._decode = jax.jit(functools.partial(_decode, graph), donate_argnums=1)
-        self._empty_cache = model.empty_cache
+        self._empty_cache = functools.partial(model.empty_cache, dtype=cache_dtype)
 
     def stream(self, prompt: str, params: SamplingParams | None = None) -> Stream:
         """Generate from one prompt, piece by piece.

@@ -165,7 +165,7 @@ class Script(nnx.Module):
         self.config = tiny_config(max_seq_len=SCRIPT_LIMIT)
         self.script = nnx.Param(jnp.asarray(list(raw.ljust(SCRIPT_LIMIT, b".")), jnp.int32))
 
-    def empty_cache(self, batch, length):
+    def empty_cache(self, batch, length, dtype=None):
         return ()
 
     def extend(self, tokens_BxT, positions_BxT, cache):
