@@ -16,6 +16,7 @@ from bitjax import cli
 from bitjax.infer import pack_model
 from bitjax.inspection import layer_rows
 from bitjax.model.files import load_model, save_model
+from bitjax.ops import ffi
 
 RECIPE = """
 from bitjax.config import *
@@ -201,7 +202,7 @@ def test_inspect_shows_codes_and_every_scale(form):
         wanted.append((
             name, f"{w.shape[0]} x {w.shape[1]}", form,
             *(f"{(codes == code).mean():.1%}" for code in (-1, 0, 1)),
-            " ".join(f"{scale:.4g}" for _, scale in quantized),
+            "\n".join(f"{scale:.4g}" for _, scale in quantized),
         ))  # fmt: skip
     assert len(wanted[0][-1].split()) == 3
     assert layer_rows(model if form == "float32" else pack_model(model, form)) == wanted
@@ -213,17 +214,70 @@ def test_inspect_of_a_full_precision_model():
 
 
 def test_bench_prints_a_table_and_json(capsys, monkeypatch):
-    from bitjax import bench
-
-    monkeypatch.setattr(bench, "CYCLED_BYTES", 2**20)
-    monkeypatch.setattr(bench, "REPEATS", 2)
-    assert run("bench", "--shape", 64, 96, "--rows", 1, 3) == 0
+    small_measurements(monkeypatch)
+    assert run("bench", "--shape", 64, 96, "--rows", 1, 3, "--layouts", "int4", "int8") == 0
     document = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert document["shape"] == [64, 96]
-    kernels = {result["kernel"] for result in document["results"]}
-    assert {"scalar", "reference"} <= kernels
-    assert len(document["results"]) == 2 * len(kernels)
-    assert all(result["microseconds"] > 0 for result in document["results"])
+    measured = [(r["kernel"], r["layout"], r["rows"]) for r in document["results"]]
+    assert sorted(measured) == sorted(
+        (kernel, layout, rows)
+        for kernel in ffi.kernels() for layout in ("int4", "int8") for rows in (1, 3)
+    )  # fmt: skip
+    assert all(r["microseconds"] > 0 and r["of_peak"] > 0 for r in document["results"])
+
+
+def small_measurements(monkeypatch):
+    from bitjax.bench import ceilings, kernels, model
+
+    monkeypatch.setattr(kernels, "CYCLED_BYTES", 2**20)
+    monkeypatch.setattr(kernels, "REPEATS", 2)
+    monkeypatch.setattr(ceilings, "READ_BYTES", 2**20)
+    monkeypatch.setattr(ceilings, "DOT_ROUNDS", 10_000)
+    monkeypatch.setattr(model, "DECODED", 4)
+    monkeypatch.setattr(model, "BATCH_PROMPT", 8)
+    monkeypatch.setattr(model, "BATCH_DECODED", 3)
+
+
+def test_dummy_model_and_its_benchmark(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "dummy.safetensors"
+    tiny = [
+        f"--set={setting}" for setting in
+        ("num_layers=1", "hidden_size=32", "num_heads=2", "num_kv_heads=1", "head_dim=16",
+         "intermediate_size=48", "vocab_size=300", "max_seq_len=128")
+    ]  # fmt: skip
+    assert run("dummy", "b1.58-2b4t", "-o", path, *tiny) == 0
+    fails(capsys, "exists; choose another", "dummy", "7b", "-o", path)
+    fails(capsys, "no preset '8b'", "dummy", "8b", "-o", tmp_path / "x")
+    small_measurements(monkeypatch)
+    # Another engine's program: prints what llama-bench prints, twice as slow at prompts.
+    program = tmp_path / "llama-bench"
+    program.write_text(
+        "#!/bin/sh\necho noise >&2\n"
+        "case \"$*\" in *'-n 0'*) rate=2.0;; *) rate=8.0;; esac\n"
+        'echo "[{\\"avg_ts\\": $rate}]"\n'
+    )
+    program.chmod(0o755)
+    rival = f"other={program},{path}"
+    assert run("bench", path, "--prompt", 20, "--batch", 3, "--rounds", 2, "--against", rival) == 0
+    document = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert set(document["results"]) == {"decode", "prompt 20", "batch 3"}
+    assert document["rivals"]["other"] == {
+        "decode": [8.0, 8.0], "prompt 20": [2.0, 2.0], "batch 3": []
+    }  # fmt: skip
+    for name, theirs in (("decode", 8.0), ("prompt 20", 2.0)):
+        result = document["results"][name]
+        assert result["slowest"] <= result["tokens_per_s"] <= result["fastest"]
+        ratio = result["against"]["other"]
+        assert ratio["lowest"] == pytest.approx(result["slowest"] / theirs)
+        assert ratio["highest"] == pytest.approx(result["fastest"] / theirs)
+    assert document["results"]["batch 3"]["against"] == {}
+    assert document["file_bytes"] == path.stat().st_size
+    fails(capsys, "there is no file", "bench", path, "--against", f"x={program},{path}.gguf")
+    fails(capsys, "is not NAME=LLAMA_BENCH", "bench", path, "--against", "x")
+    fails(capsys, "no room in the context of 128", "bench", path, "--prompt", 128)
+    program.write_text("#!/bin/sh\necho 'error: no such model' >&2\nexit 1\n")
+    fails(capsys, "failed: error: no such model", "bench", path, "--prompt", 20, "--batch", 1,
+          "--rounds", 1, "--against", rival)  # fmt: skip
 
 
 def test_errors_are_one_sentence(recipe, packed, tmp_path, capsys):

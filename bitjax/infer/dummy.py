@@ -78,7 +78,7 @@ def _reporting(tensors: list[Tensor], on_bytes: Callable[[int, int], None]) -> l
         nonlocal done
         for part in tensor.parts():
             yield part
-            done += part.nbytes
+            done += part.size * tensor.dtype.itemsize
             on_bytes(done, total)
 
     return [
@@ -121,7 +121,8 @@ def _codes(rows: int, cols: int, layout: LayoutName, key: tuple[int, int]) -> It
         valid = np.arange(
             low, about.base**about.planes if about.planes > 1 else 256, dtype=np.uint8
         )
-    whole = cols // about.block_cols
+    unit = about.group_blocks or 1
+    whole = cols // (about.block_cols * unit) * unit
     step = max(1, PART_BYTES // (col_blocks * block_bytes))
     for first in range(0, row_blocks, step):
         count = min(step, row_blocks - first)

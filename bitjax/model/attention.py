@@ -80,7 +80,8 @@ class Attention(nnx.Module):
             mixed = reference.attend(q, k, v, positions_BxT)
         else:
             mixed, keys, values = ops.cached_attention(
-                qkv_BxTxNxh, turn_BxTxh, positions_BxT, cache.keys, cache.values, self.o.impl
-            )
+                qkv_BxTxNxh, turn_BxTxh, positions_BxT, cache.keys, cache.values,
+                self.o.impl if ops.attention_fits(h) else "reference",
+            )  # fmt: skip
             cache = KVCache(keys, values)
         return self.o(mixed, norm=self.sub_norm, residual=x_BxTxD), cache

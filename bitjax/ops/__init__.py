@@ -80,6 +80,11 @@ def packed_matmul(
     )  # fmt: skip
 
 
+def attention_fits(head_dim: int) -> bool:
+    """Whether the custom call of cached attention takes heads of so many dimensions."""
+    return head_dim % 16 == 0 and 16 <= head_dim <= 512
+
+
 def cached_attention(
     qkv_BxTxNxh: jax.Array,
     turn_BxTxh: jax.Array,
@@ -99,16 +104,14 @@ def cached_attention(
         keys_BxGxCxhx16: float32 or bfloat16; slot s is `[:, :, s // 16, :, s % 16]`, and S = 16 C
             is a multiple of 64.
         values_BxGxSxh: of the same dtype.
-        impl: which implementation; the custom call wants h to be a multiple of 16 up to 512, and
-            "auto" takes the reference otherwise.
+        impl: which implementation; where `attention_fits` says no, "auto" takes the reference.
 
     Returns:
         `[B, T, H * h]` in the dtype of qkv, and the updated keys and values (in place when the
         cache is donated).
     """
     operands = (qkv_BxTxNxh, turn_BxTxh, positions_BxT, keys_BxGxCxhx16, values_BxGxSxh)
-    h = qkv_BxTxNxh.shape[-1]
-    fits = h % 16 == 0 and h <= 512
+    fits = attention_fits(qkv_BxTxNxh.shape[-1])
     if impl == "reference" or (impl == "auto" and not (fits and ffi.available())):
         return reference.cached_attention(*operands)
     if impl == "ffi":

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 from tiny import tiny_config
 
-from bitjax.model.layers import BitLinear, FeedForward, RMSNorm, rotary
+from bitjax.model.layers import BitLinear, FeedForward, RMSNorm, rotary_angles
+from bitjax.ops.reference import rotate
 from bitjax.packing import pack
 from bitjax.quant import WEIGHT_QUANTIZERS, int8_per_token
 
@@ -297,7 +298,7 @@ def test_rms_norm():
 
 def test_rotary_turns_pairs_and_keeps_relative_angles():
     x = inputs(1, 1, 1, 8)
-    at = lambda p: rotary(x, jnp.array([[p]]), 10_000.0)[0, 0, 0]  # noqa: E731
+    at = lambda p: rotate(x, rotary_angles(jnp.array([[p]]), 8, 10_000.0))[0, 0, 0]  # noqa: E731
     np.testing.assert_array_equal(np.asarray(at(0)), np.asarray(x[0, 0, 0]))
     pair = np.array([x[0, 0, 0, 1], x[0, 0, 0, 5]])  # elements i and i + h/2 for i = 1
     angle = 3 * 10_000.0 ** (-1 / 4)
