@@ -1,11 +1,11 @@
-// Every kernel that is built in and that this machine can run, against naive oracles; the format, the
-// epilogue and the chunked loop as well. Needs neither XLA nor Python:
+// Every kernel that is built in and that this machine can run, against naive oracles; the format,
+// the epilogue and the chunked loop as well. Needs neither XLA nor Python:
 //
-//   cmake -S ffi -B build/tests -DBITJAX_EXTENSION=OFF -DBITJAX_KERNEL_TESTS=ON -DBITJAX_SANITIZE=ON
-//   cmake --build build/tests && build/tests/kernel_test
+//   cmake -S ffi -B build -DBITJAX_EXTENSION=OFF -DBITJAX_KERNEL_TESTS=ON -DBITJAX_SANITIZE=ON
+//   cmake --build build && build/kernel_test
 //
-// Inputs and outputs lie in heap buffers that end where they end, at odd offsets, so that the address
-// sanitizer sees every byte read or written outside them.
+// Inputs and outputs lie at odd offsets in heap buffers that end with them, so that the address
+// sanitizer sees every byte read or written beyond them.
 
 #include <algorithm>
 #include <atomic>
@@ -202,8 +202,8 @@ std::vector<float> gated(GateRow gate, const std::vector<float>& x) {
   return {out.get(), out.get() + out.size()};
 }
 
-std::vector<float> normed(NormRow norm, const std::vector<float>& x, const std::vector<float>& scale,
-                          float eps, bool in_place) {
+std::vector<float> normed(NormRow norm, const std::vector<float>& x,
+                          const std::vector<float>& scale, float eps, bool in_place) {
   const Buffer<float> in(x, odd());
   const Buffer<float> scales(scale, odd());
   const Buffer<float> other(static_cast<int64_t>(x.size()), -7.0F, odd());
@@ -262,7 +262,8 @@ void test_norm(const Kernel& kernel, const std::vector<float>& x, float eps) {
   const double units = (1 + k / 16 + 1 + 4 + 2) / 2 + 1 + 3;
   const std::string size = " k=" + std::to_string(x.size());
   check(kernel, close(got, wanted, units), "rms_norm," + size);
-  check(kernel, same(got, normed(kernel.rms_norm, x, scale, eps, true)), "rms_norm in place," + size);
+  check(kernel, same(got, normed(kernel.rms_norm, x, scale, eps, true)),
+        "rms_norm in place," + size);
   check(kernel, same(got, normed(scalar_kernel().rms_norm, x, scale, eps, false)),
         "rms_norm: the same bits," + size);
 }
@@ -350,6 +351,26 @@ void test_rows(const Kernel& kernel) {
   test_exponential(kernel);
 }
 
+// ---- ceilings ----------------------------------------------------------------------------------
+
+void test_ceilings(const Kernel& kernel) {
+  for (const int64_t n : {0, 1, 63, 64, 255, 256, 257, 1000}) {
+    std::vector<uint8_t> bytes(static_cast<size_t>(n));
+    for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(uniform(0, 255));
+    const Buffer<uint8_t> buffer(bytes, odd());
+    const uint64_t folded = kernel.read_all(buffer.get(), n);
+    bool ok = folded == scalar_kernel().read_all(buffer.get(), n);
+    for (int64_t i = 0; i < n; ++i) {
+      buffer[i] ^= 0x40;
+      ok &= kernel.read_all(buffer.get(), n) != folded;
+      buffer[i] ^= 0x40;
+    }
+    check(kernel, ok, "read_all: every byte counts, n=" + std::to_string(n));
+  }
+  const int64_t one = kernel.dot_rounds(1);
+  check(kernel, one > 0 && kernel.dot_rounds(1000) == 1000 * one, "dot_rounds");
+}
+
 // ---- matrices ----------------------------------------------------------------------------------
 
 // The format's text once more, by layout.
@@ -407,7 +428,7 @@ Matrix make_matrix(Layout layout, int64_t input_blocks, int row_blocks, Fill fil
                                  ? kMostMultiplier
                                  : uniform(1, kMostMultiplier));
   std::vector<uint8_t> codes(static_cast<size_t>(row_blocks * input_blocks * 64));
-  // Invalid codes of ternary2 and int8 are weights as well, 2 and -128; those of ternary1.6 are not.
+  // Invalid codes of ternary2 and int8 are weights too, 2 and -128; those of ternary1.6 are not.
   if (fill == Fill::kAnyByte)
     for (uint8_t& byte : codes)
       byte = static_cast<uint8_t>(uniform(0, layout == Layout::kTernary16 ? 242 : 255));
@@ -424,11 +445,16 @@ Matrix make_matrix(Layout layout, int64_t input_blocks, int row_blocks, Fill fil
       } else {
         byte = static_cast<uint8_t>(byte + (weight + kOffset[l]) * at.unit);
       }
-      const int m = int4 ? multipliers[static_cast<size_t>((row / 16 * groups + k / 32) * 16 + row % 16)]
-                         : 1;
+      const int64_t group = (row / 16 * groups + k / 32) * 16 + row % 16;
+      const int m = int4 ? multipliers[static_cast<size_t>(group)] : 1;
       w[static_cast<size_t>(row * inputs + k)] = weight * m;
     }
-  return {layout, input_blocks,           inputs, row_blocks, std::move(w), Buffer<uint8_t>(codes, odd()),
+  return {layout,
+          input_blocks,
+          inputs,
+          row_blocks,
+          std::move(w),
+          Buffer<uint8_t>(codes, odd()),
           Buffer<uint8_t>(multipliers, odd())};
 }
 
@@ -553,8 +579,8 @@ void check_panels(const Kernel& kernel, const Matrix& matrix, const Activations&
     const Buffer<int32_t> acc(m * columns, static_cast<int32_t>(start), odd());
     const int64_t head_groups = cut * kInputs[l] / 4;
     multiply(head.get(), head_groups, a.last_rows(m), a.stride, m, acc.get());
-    multiply(tail.get(), matrix.inputs / 4 - head_groups, a.last_rows(m) + 4 * head_groups, a.stride,
-             m, acc.get());
+    multiply(tail.get(), matrix.inputs / 4 - head_groups, a.last_rows(m) + 4 * head_groups,
+             a.stride, m, acc.get());
     bool ok = true;
     for (int64_t at = 0; at < m * columns; ++at) {
       const size_t i = static_cast<size_t>(kMostRows - m + at / columns);
@@ -570,7 +596,7 @@ void check_panels(const Kernel& kernel, const Matrix& matrix, const Activations&
   }
 }
 
-// Panels of any bytes that the contract allows, to both sides of the spans that int16 sums can take.
+// Panels of any bytes that the contract allows, on both sides of the spans that int16 sums take.
 void test_bare_panels(const Kernel& kernel) {
   const int64_t columns = kernel.panel_blocks * 16;
   for (const int most : {3, 255})
@@ -595,11 +621,11 @@ void test_bare_panels(const Kernel& kernel) {
               for (int64_t k = 0; k < groups * 4; ++k)
                 sum += q[i * stride + k] * panel[(k / 4 * columns + n) * 4 + k % 4];
             }
-          (most == 3 ? kernel.ternary_panel : kernel.byte_panel)(panel.get(), groups, q.get(), stride,
-                                                                 m, acc.get());
+          (most == 3 ? kernel.ternary_panel : kernel.byte_panel)(panel.get(), groups, q.get(),
+                                                                 stride, m, acc.get());
           check(kernel, std::equal(wanted.begin(), wanted.end(), acc.get()),
-                "panel of bytes up to " + std::to_string(most) + " groups=" + std::to_string(groups) +
-                    " m=" + std::to_string(m));
+                "panel of bytes up to " + std::to_string(most) +
+                    " groups=" + std::to_string(groups) + " m=" + std::to_string(m));
         }
 }
 
@@ -669,7 +695,7 @@ void test_products(const std::vector<Kernel>& kernels, Layout layout) {
 
 // ---- format, epilogue, loop, dispatch -----------------------------------------------------------
 
-// The golden bytes of tests/test_packing.py, by hand, rows 0..3 and 15 of the first block.
+// The golden bytes of tests/test_packing.py, by hand, rows 0, 1, 2 and 15 of a block.
 struct Golden {
   Layout layout;
   int (*weight)(int64_t row, int64_t input);
@@ -679,17 +705,25 @@ struct Golden {
 
 const Golden kGolden[kLayoutCount] = {
     // codes (row + input) mod 3; row 0, j = 0: 0, 1, 2, 0 -> 0 + 1*4 + 2*16 + 0*64
-    {Layout::kTernary2, [](int64_t r, int64_t k) { return static_cast<int>((r + k) % 3) - 1; },
-     {{36, 73, 146, 36}, {73, 146, 36, 73}, {146, 36, 73, 146}}, {36, 73, 146, 36}},
+    {Layout::kTernary2,
+     [](int64_t r, int64_t k) { return static_cast<int>((r + k) % 3) - 1; },
+     {{36, 73, 146, 36}, {73, 146, 36, 73}, {146, 36, 73, 146}},
+     {36, 73, 146, 36}},
     // the same codes; row 0, j = 0: 0, 1, 2, 0, 1 -> 0 + 1*3 + 2*9 + 0*27 + 1*81
-    {Layout::kTernary16, [](int64_t r, int64_t k) { return static_cast<int>((r + k) % 3) - 1; },
-     {{102, 196, 65, 102}, {196, 65, 102, 196}, {65, 102, 196, 65}}, {102, 196, 65, 102}},
+    {Layout::kTernary16,
+     [](int64_t r, int64_t k) { return static_cast<int>((r + k) % 3) - 1; },
+     {{102, 196, 65, 102}, {196, 65, 102, 196}, {65, 102, 196, 65}},
+     {102, 196, 65, 102}},
     // codes (3 row + 5 input) mod 16; row 0, j = 0: 0, 4 -> 0 + 4*16
-    {Layout::kInt4, [](int64_t r, int64_t k) { return static_cast<int>((3 * r + 5 * k) % 16) - 8; },
-     {{64, 149, 234, 63}, {115, 200, 29, 98}, {166, 251, 64, 149}}, {29, 98, 183, 12}},
+    {Layout::kInt4,
+     [](int64_t r, int64_t k) { return static_cast<int>((3 * r + 5 * k) % 16) - 8; },
+     {{64, 149, 234, 63}, {115, 200, 29, 98}, {166, 251, 64, 149}},
+     {29, 98, 183, 12}},
     // codes 1 + (16 row + 5 input) mod 255
-    {Layout::kInt8, [](int64_t r, int64_t k) { return static_cast<int>((16 * r + 5 * k) % 255) - 127; },
-     {{1, 6, 11, 16}, {17, 22, 27, 32}, {33, 38, 43, 48}}, {241, 246, 251, 1}},
+    {Layout::kInt8,
+     [](int64_t r, int64_t k) { return static_cast<int>((16 * r + 5 * k) % 255) - 127; },
+     {{1, 6, 11, 16}, {17, 22, 27, 32}, {33, 38, 43, 48}},
+     {241, 246, 251, 1}},
 };
 
 void test_golden_bytes() {
@@ -927,6 +961,7 @@ int run() {
     check(kernel, kernel.tile_rows <= kMostRows && kernel.panel_blocks <= kMaxPanelBlocks, "tile");
     test_quantise(kernel);
     test_rows(kernel);
+    test_ceilings(kernel);
     test_bare_panels(kernel);
   }
   for (int layout = 0; layout < kLayoutCount; ++layout)
