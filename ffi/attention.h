@@ -11,7 +11,8 @@
 //
 // The softmax is computed on line over blocks of 64 slots; splits of kSplitSlots slots are summed
 // apart and then joined in order. A row's result depends on nothing but its query, its position and
-// the cache: not on the rows beside it, the number of threads or the tiling. Kernels differ from each
+// the cache: not on the rows beside it, the number of threads or the tiling (as long as values are
+// finite: a NaN value reaches all rows of the tiles that read its slot). Kernels differ from each
 // other by float32 rounding, for they contract to fused multiply-adds where there are any.
 #ifndef BITJAX_FFI_ATTENTION_H_
 #define BITJAX_FFI_ATTENTION_H_

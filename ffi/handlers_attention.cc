@@ -50,7 +50,7 @@ Shape shape_of(Dims qkv, Dims turn, Dims positions, Dims keys, Dims values, Dims
                 text(qkv));
   if (s.h % 16 != 0 || s.h < 16 || s.h > kMaxHeadDim)
     throw wrong("qkv", "heads of 16..512 dimensions, a multiple of 16", text(qkv));
-  if (s.S % kStepSlots != 0)
+  if (s.S % kStepSlots != 0 || s.S == 0)
     throw wrong("keys", "slots in multiples of " + std::to_string(kStepSlots), text(keys));
   const auto require = [](const char* what, Dims got, std::initializer_list<int64_t> wanted) {
     if (got.size() == wanted.size() && std::equal(wanted.begin(), wanted.end(), got.begin()))

@@ -50,8 +50,12 @@ def write_dummy(
         on_bytes: called with the bytes written so far and the bytes in all.
 
     Raises:
-        ValueError: the file cannot be written.
+        ValueError: an unknown layout or number format, or the file cannot be written.
     """
+    if layout not in ("ternary2", "ternary1.6"):
+        raise ValueError(f"layout={layout!r} is not ternary2 or ternary1.6")
+    if tables not in ("float32", "bfloat16", "int8", "int4"):
+        raise ValueError(f"tables={tables!r} is not float32, bfloat16, int8 or int4")
     model = abstract_model(config)
     tensors: list[Tensor] = []
     for index, (name, parameter) in enumerate(parameters(model)):

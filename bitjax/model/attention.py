@@ -20,8 +20,8 @@ from bitjax.ops.reference import CACHE_SLOTS, KEY_BLOCK
 class KVCache:
     """Keys `[B, G, S/16, h, 16]` and values `[B, G, S, h]` of one layer; slot s holds position s.
 
-    Slots at or beyond a sequence's length may hold anything: attention at position p reads slots
-    0..p only, and each position is written before it is read.
+    Slots at or beyond a sequence's length may hold any finite number: attention at position p
+    reads slots 0..p only, and each position is written before it is read.
     """
 
     keys: jax.Array

@@ -45,6 +45,7 @@ from bitjax.tokenizer import ByteTokenizer
 
 ALIGNMENT = 64  # bytes; what XLA on CPU asks of a buffer it shall use in place
 FILE_FORMAT = 2
+TABLES = ("embedding", "head")
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -203,9 +204,8 @@ def _take(
     layouts = [layout for layout in LAYOUTS if f"{name}.{layout}" in tensors]
     if layouts:
         layout = layouts[0]
-        if len(like.shape) != 2:
-            raise ValueError(f"{where} cannot be packed; only matrices can")
-        if layout.startswith("ternary") != name.endswith(".weight"):
+        fits = name.endswith(".weight") if layout.startswith("ternary") else name in TABLES
+        if not fits:
             raise ValueError(
                 f"{where} cannot be {layout}; linear layers are packed as ternary, "
                 "embedding and head as int4 or int8"

@@ -116,6 +116,8 @@ def cached_attention(
         return reference.cached_attention(*operands)
     if impl == "ffi":
         return ffi.cached_attention(*operands)
+    if impl != "auto":
+        raise ValueError(f"impl={impl!r} is not auto, ffi or reference")
     return jax.lax.platform_dependent(
         *operands, cpu=ffi.cached_attention, default=reference.cached_attention
     )

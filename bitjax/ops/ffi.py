@@ -156,13 +156,16 @@ def _call(
     if norm is None:
         norm = jnp.zeros((0,), jnp.float32)
     residual_dtype = x.dtype if x.dtype != jnp.int8 else jnp.float32
-    residual = jnp.zeros((rows, 0), residual_dtype) if residual is None else residual
+    if residual is None:
+        residual = jnp.zeros((rows, 0), residual_dtype)
+    else:
+        residual = residual.reshape(rows, weights.rows)
     call = jax.ffi.ffi_call(
         name, jax.ShapeDtypeStruct((rows, weights.rows), dtype), vmap_method="expand_dims"
     )
     y = call(
         x.reshape(rows, features), weights.codes, multipliers, weights.scale.reshape(-1), norm,
-        residual.reshape(rows, -1), layout=np.int64(LAYOUTS[weights.layout].number), **attributes,
+        residual, layout=np.int64(LAYOUTS[weights.layout].number), **attributes,
     )  # fmt: skip
     return y.reshape(*lead, weights.rows)
 

@@ -573,7 +573,7 @@ def bytes_of(shape, value=0x55):
          r"up\.weight: scales must be one float32 or 48, one a row; got bfloat16\[\]"),
         (f"{UP}.scale", np.array(np.nan, np.float32), r"up\.weight: the scale nan is not finite"),
         (f"{UP}.scale", np.array(np.inf, np.float32), r"up\.weight: the scale inf is not finite"),
-        (f"{UP}.scale", np.array([1] * 47 + [np.inf], np.float32), r"inf\] is not finite"),
+        (f"{UP}.scale", np.array([1] * 47 + [np.inf], np.float32), r"inf is not finite"),
         ("norm.scale.ternary2", bytes_of(UP_CODES), r"norm\.scale cannot be ternary2; "
          "linear layers are packed as ternary, embedding and head as int4 or int8$"),
         ("norm.scale.int8", bytes_of(UP_CODES), r"norm\.scale cannot be int8; "),
