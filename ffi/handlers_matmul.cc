@@ -32,15 +32,13 @@
 
 #include "dispatch.h"
 #include "epilogue.h"
+#include "handler_common.h"
 #include "kernel.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace bitjax {
 namespace {
-
-namespace ffi = xla::ffi;
-using Dims = ffi::AnyBuffer::Dimensions;
 
 // Up to this many multiply-adds a call stays on the calling thread. That is some 6 us of a VNNI
 // core (1024 x 1024, one row, on Zen 4); a second thread would save 2 us of it and keep a core
@@ -67,17 +65,6 @@ static_assert(kRowPadding % kGroupInputs == 0, "rows are padded to whole groups"
 constexpr int64_t kQuantiseWork = int64_t{1} << 15;
 
 // ---- checks ------------------------------------------------------------------------------------
-
-std::string text(Dims dims) {
-  std::string result = "[";
-  for (size_t i = 0; i < dims.size(); ++i) result += (i == 0 ? "" : ", ") + std::to_string(dims[i]);
-  return result + "]";
-}
-
-// What is wrong with an operand; built only when something is, since a product takes microseconds.
-std::invalid_argument wrong(const char* what, const std::string& wanted, const std::string& got) {
-  return std::invalid_argument(std::string(what) + ": wanted " + wanted + ", got " + got);
-}
 
 // An operand's leading dimensions and the number of its values after them; no values: it is absent.
 struct Operand {
@@ -465,46 +452,6 @@ void run(ffi::ThreadPool pool, const Plan& plan, const Data<X, Y>& data) {
 }
 
 // ---- entry points ------------------------------------------------------------------------------
-
-std::string text(ffi::DataType type) {
-  switch (type) {
-    case ffi::DataType::F32: return "f32";
-    case ffi::DataType::BF16: return "bf16";
-    case ffi::DataType::S8: return "s8";
-    case ffi::DataType::U8: return "u8";
-    case ffi::DataType::S32: return "s32";
-    default: return "type " + std::to_string(static_cast<int>(type));
-  }
-}
-
-void require_type(const ffi::AnyBuffer& buffer, ffi::DataType wanted, const char* what) {
-  if (buffer.element_type() != wanted) throw wrong(what, text(wanted), text(buffer.element_type()));
-}
-
-// No exception crosses into XLA.
-template <typename Function>
-ffi::Error guarded(const char* name, const Function& function) noexcept {
-  const auto failed = [name](ffi::ErrorCode code, const char* message) {
-    return ffi::Error(code, std::string(name) + ": " + message);
-  };
-  try {
-    function();
-    return ffi::Error::Success();
-  } catch (const std::invalid_argument& error) {
-    return failed(ffi::ErrorCode::kInvalidArgument, error.what());
-  } catch (const std::bad_alloc&) {
-    return failed(ffi::ErrorCode::kResourceExhausted, "no memory for the quantised activations");
-  } catch (const std::exception& error) {
-    return failed(ffi::ErrorCode::kInternal, error.what());
-  } catch (...) {
-    return failed(ffi::ErrorCode::kInternal, "unknown exception");
-  }
-}
-
-template <typename T>
-T* data(const ffi::AnyBuffer& buffer) {
-  return static_cast<T*>(buffer.untyped_data());
-}
 
 constexpr char kMatmul[] = "bitjax_packed_matmul";
 constexpr char kMatmulI32[] = "bitjax_packed_matmul_i32";

@@ -7,11 +7,14 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <limits>
+
 #include "attention.h"
 #include "dispatch.h"
 #include "handlers.h"
 #include "kernel.h"
 #include "packed_format.h"
+#include "parallel.h"
 
 namespace nb = nanobind;
 
@@ -60,6 +63,13 @@ NB_MODULE(_ffi, m) {
         return bitjax::active_kernel().read_all(bytes.data(), static_cast<int64_t>(bytes.size()));
       },
       nb::arg("bytes"), nb::call_guard<nb::gil_scoped_release>(), "Reads every byte, folding them.");
+  m.def(
+      "set_threads",
+      [](const std::optional<int64_t>& threads) {
+        if (threads && *threads < 1) throw nb::value_error("set_threads: wanted 1 or more, or None");
+        bitjax::thread_limit = threads.value_or(std::numeric_limits<int64_t>::max());
+      },
+      nb::arg("threads").none(), "Limits the threads of each custom call; None lifts the limit.");
   m.def("kernel_calls", &kernel_calls, "Products run so far by each compiled kernel.");
   m.attr("KEY_BLOCK") = bitjax::kKeyBlock;
   m.attr("CACHE_SLOTS") = bitjax::kStepSlots;

@@ -5,18 +5,23 @@
 // no faster than one). A worker that is done helps with the other ranges. Chunks are claimed from an
 // atomic counter for each range. The caller works until none is left and then waits for chunks that
 // helpers have claimed, and for nothing else; so it returns even when the pool never runs a helper (a
-// pool of one thread, a pool busy with other calls, a call made from the pool itself), and no pool
-// thread ever waits. A helper that starts after the call has returned finds no chunk left: it touches
-// only the shared state, which it keeps alive, and never the body or the buffers behind it.
+// pool of one thread, a pool busy with other calls, a call made from the pool itself). A helper that
+// starts after the call has returned finds no chunk left: it touches only the shared state, which it
+// keeps alive, and never the body or the buffers behind it. Helpers stand by for the next loop
+// (standby.h), and only those that are missing are asked of the pool.
 #ifndef BITJAX_FFI_PARALLEL_H_
 #define BITJAX_FFI_PARALLEL_H_
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <vector>
+
+#include "standby.h"
 
 namespace bitjax {
 
@@ -24,16 +29,11 @@ namespace bitjax {
 // times the length of a chunk, because a sleep and a wake-up cost about as much.
 constexpr int kSpinPolls = 500;
 
-inline void spin_pause() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
+// Threads that a loop may use, the caller included, for the whole process.
+inline std::atomic<int64_t> thread_limit{std::numeric_limits<int64_t>::max()};
 
 template <typename Body>
-class ChunkedLoop {
+class ChunkedLoop final : public Helped {
  public:
   ChunkedLoop(int64_t chunks, int64_t workers, const Body* body)
       : chunks_(chunks), body_(body), ranges_(static_cast<size_t>(workers)) {
@@ -43,9 +43,27 @@ class ChunkedLoop {
     }
   }
 
-  // Runs chunks until none is left to claim; at most as many times as there are workers.
-  void work() noexcept {
-    const size_t first = static_cast<size_t>(started_.fetch_add(1, std::memory_order_relaxed));
+  // As the caller: runs chunks until none is left to claim.
+  void work() noexcept { work_from(0); }
+
+  // The same as a helper; there may be more helpers about than the loop has workers.
+  void help() noexcept override {
+    const size_t first = helpers_.fetch_add(1, std::memory_order_relaxed) + 1;
+    if (first < ranges_.size()) work_from(first);
+  }
+
+  // Returns when every chunk has run; call it after work(), when all of them are claimed.
+  void wait() noexcept {
+    for (int i = 0; i < kSpinPolls; ++i) {
+      if (finished()) return;
+      spin_pause();
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    all_done_.wait(lock, [this] { return finished(); });
+  }
+
+ private:
+  void work_from(size_t first) noexcept {
     for (size_t i = 0; i < ranges_.size(); ++i) {
       Range& range = ranges_[(first + i) % ranges_.size()];
       for (;;) {
@@ -61,17 +79,6 @@ class ChunkedLoop {
     }
   }
 
-  // Returns when every chunk has run; call it after work(), when all of them are claimed.
-  void wait() noexcept {
-    for (int i = 0; i < kSpinPolls; ++i) {
-      if (finished()) return;
-      spin_pause();
-    }
-    std::unique_lock<std::mutex> lock(mutex_);
-    all_done_.wait(lock, [this] { return finished(); });
-  }
-
- private:
   bool finished() const { return done_.load(std::memory_order_acquire) == chunks_; }
 
   // On a cache line of its own, for its worker claims from it all the time.
@@ -83,7 +90,7 @@ class ChunkedLoop {
   const int64_t chunks_;
   const Body* const body_;  // the caller's; alive while any chunk is unfinished
   std::vector<Range> ranges_;
-  std::atomic<int64_t> started_{0};
+  std::atomic<size_t> helpers_{0};
   std::atomic<int64_t> done_{0};
   std::mutex mutex_;
   std::condition_variable all_done_;
@@ -93,20 +100,27 @@ class ChunkedLoop {
 // and Schedule(callable). When helpers cannot be scheduled the caller does the work alone.
 template <typename Pool, typename Body>
 void parallel_for(Pool& pool, int64_t chunks, const Body& body) {
-  const int64_t threads = pool.num_threads();
-  const int64_t helpers = (threads < chunks ? threads : chunks) - 1;
+  const int64_t threads = std::min<int64_t>(pool.num_threads(), thread_limit.load());
+  const int64_t helpers = std::min(threads, chunks) - 1;
   if (helpers <= 0) {
     for (int64_t chunk = 0; chunk < chunks; ++chunk) body(chunk);
     return;
   }
   const auto loop = std::make_shared<ChunkedLoop<Body>>(chunks, helpers + 1, &body);
+  const bool posted = standby().post(loop.get());
   try {
-    for (int64_t i = 0; i < helpers; ++i) pool.Schedule([loop] { loop->work(); });
+    for (int64_t i = posted ? standby().helpers() : 0; i < helpers; ++i) {
+      pool.Schedule([loop] {
+        loop->help();
+        standby().stand_by();
+      });
+    }
   } catch (...) {
     // Fewer helpers; those that were scheduled may be running, so the loop must still be finished.
   }
   loop->work();
   loop->wait();
+  if (posted) standby().withdraw();
 }
 
 }  // namespace bitjax

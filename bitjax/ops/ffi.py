@@ -89,6 +89,15 @@ def kernel_calls() -> dict[str, int]:
     return dict(_load().kernel_calls())
 
 
+def set_threads(threads: int | None) -> None:
+    """Limits the threads that each custom call of this process uses, the caller's included.
+
+    None lifts the limit, so that only XLA's pool limits them; it has a thread for each CPU that the
+    process may run on. Raises ValueError for less than 1.
+    """
+    _load().set_threads(threads)
+
+
 def dot_rounds(rounds: int) -> int:
     """Runs rounds of independent integer dot products in registers; returns their multiply-adds."""
     return int(_load().dot_rounds(rounds))

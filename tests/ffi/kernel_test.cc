@@ -851,9 +851,10 @@ class TestPool {
     for (std::thread& thread : running_) thread.join();
   }
   int64_t num_threads() const { return threads_; }
+  size_t scheduled() const { return scheduled_; }
   template <typename F>
   void Schedule(F task) {
-    if (when_ == When::kThrows && scheduled_++ == 1) throw std::bad_alloc();
+    if (scheduled_++ == 1 && when_ == When::kThrows) throw std::bad_alloc();
     if (when_ == When::kInline) task();
     if (when_ == When::kLater) later_.emplace_back(task);
     if (when_ == When::kThread || when_ == When::kThrows) running_.emplace_back(task);
@@ -862,7 +863,7 @@ class TestPool {
  private:
   When when_;
   int64_t threads_;
-  int scheduled_ = 0;
+  size_t scheduled_ = 0;
   std::vector<std::function<void()>> later_;
   std::vector<std::thread> running_;
 };
@@ -899,6 +900,58 @@ void test_loop_waits() {
   bool once = true;
   for (const auto& count : seen) once &= count == 1;
   check(once, "parallel_for: returns when every chunk is done");
+}
+
+// Loops that follow each other are served by helpers that stand by; the pool is asked only for those
+// that are missing.
+void test_standby() {
+  const auto idle = [] {
+    while (standby().helpers() != 0) std::this_thread::yield();
+  };
+  const auto run = [](TestPool& pool, int64_t chunks) {
+    std::vector<std::atomic<int>> seen(static_cast<size_t>(chunks));
+    parallel_for(pool, chunks, [&](int64_t chunk) { ++seen[static_cast<size_t>(chunk)]; });
+    for (const auto& count : seen)
+      if (count != 1) return false;
+    return true;
+  };
+  idle();
+  TestPool pool(TestPool::When::kThread, 3);
+  bool once = true;
+  for (int i = 0; i < 1000; ++i) once &= run(pool, 1 + i % 40);
+  check(once, "standby: every chunk once, loop after loop");
+  const size_t before = pool.scheduled();
+  idle();
+  once = run(pool, 40);
+  check(once && pool.scheduled() == before + 2, "standby: the pool is asked again after a pause");
+
+  bool asked = true;
+  for (int attempt = 0; attempt < 100 && asked; ++attempt) {  // this thread may be held up
+    idle();
+    run(pool, 40);
+    for (int i = 0; i < 1000000 && standby().helpers() != 2; ++i) spin_pause();
+    const size_t now = pool.scheduled();
+    run(pool, 40);
+    asked = pool.scheduled() != now;
+  }
+  check(!asked, "standby: and not while both helpers stand by");
+
+  bool all[3] = {true, true, true};
+  std::vector<std::thread> callers;
+  for (bool& ok : all)
+    callers.emplace_back([&ok, &run] {
+      TestPool own(TestPool::When::kThread, 2);
+      for (int i = 0; i < 300; ++i) ok &= run(own, 1 + i % 7);
+    });
+  for (std::thread& caller : callers) caller.join();
+  check(all[0] && all[1] && all[2], "standby: several callers at once");
+
+  thread_limit = 1;
+  std::atomic<int> elsewhere{0};
+  const std::thread::id caller = std::this_thread::get_id();
+  parallel_for(pool, 100, [&](int64_t) { elsewhere += std::this_thread::get_id() != caller; });
+  thread_limit = std::numeric_limits<int64_t>::max();
+  check(elsewhere == 0, "thread_limit of 1: the caller alone");
 }
 
 template <typename Function>
@@ -947,6 +1000,7 @@ int run() {
   test_epilogue();
   test_loop();
   test_loop_waits();
+  test_standby();
   test_dispatch();
   std::vector<Kernel> kernels;
   for (const std::string& name : available_kernels()) {

@@ -18,7 +18,7 @@ import packing_oracle as oracle
 import pytest
 
 from bitjax.ops import ffi
-from bitjax.packing import FORMAT_VERSION, LAYOUTS, PackedWeights
+from bitjax.packing import FORMAT_VERSION, LAYOUTS, PackedWeights, pack
 
 pytestmark = pytest.mark.skipif(not ffi.available(), reason="the extension is not built")
 
@@ -523,6 +523,24 @@ def test_unknown_and_unsupported_kernels_are_refused():
     assert ffi.active_kernel() == before
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, None])
+def test_results_do_not_depend_on_the_number_of_threads(threads):
+    rng = np.random.default_rng(0)
+    weights = pack(rng.integers(-1, 2, (700, 2000)), 1.0)
+    q = jnp.asarray(rng.integers(-128, 128, (9, 2000)), jnp.int8)
+    expected = ffi.packed_matmul_i32(q, weights)
+    try:
+        ffi.set_threads(threads)
+        assert (ffi.packed_matmul_i32(q, weights) == expected).all()
+    finally:
+        ffi.set_threads(None)
+
+
+def test_less_than_one_thread_is_refused():
+    with pytest.raises(ValueError, match="wanted 1 or more"):
+        ffi.set_threads(0)
+
+
 # ---- errors --------------------------------------------------------------------------------------
 
 X = jnp.zeros((2, 40), jnp.float32)
@@ -713,7 +731,7 @@ try:
 except Exception as error:
     print(error)
 """
-    assert "bitjax_packed_matmul_i32: no memory for the quantised activations" in run_python(code)
+    assert "bitjax_packed_matmul_i32: no memory for temporary values" in run_python(code)
 
 
 # ---- a missing and a broken build ----------------------------------------------------------------

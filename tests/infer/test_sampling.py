@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitjax.infer.sampling import SamplingArrays, SamplingParams, keep, sample
+from bitjax.infer.sampling import SamplingArrays, SamplingParams, first_largest, keep, sample
 
 V = 12
 # float32 softmax and cumulative sums of V terms err by less than V * 2**-23 = 2e-6; within this
@@ -292,3 +292,14 @@ def test_same_seed_same_draw_and_another_seed_another():
 def test_params_errors(params, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         SamplingParams(**params)
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 63, 64, 65, 1000])
+def test_first_largest_is_argmax(vocab):
+    rng = np.random.default_rng(vocab)
+    logits = rng.integers(-3, 3, (50, vocab)).astype(np.float32)  # ties
+    logits[0] = -np.inf
+    logits[1, -1] = np.inf
+    assert first_largest(jnp.asarray(logits)).tolist() == np.argmax(logits, axis=-1).tolist()
+    logits[:, vocab // 2] = np.nan
+    assert np.isin(first_largest(jnp.asarray(logits)), np.arange(vocab)).all()
