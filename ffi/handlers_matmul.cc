@@ -48,9 +48,18 @@ constexpr int64_t kSerialWork = int64_t{1} << 20;
 // Multiply-adds in a chunk, at least: 1-2 us of a VNNI core, a hundred times an atomic claim.
 constexpr int64_t kChunkWork = int64_t{1} << 18;
 
-// Activation rows in a chunk, at most, when there are many: its sums are 32 KiB with the widest
-// panel, and unpacking the panel, some 5 cycles a block, is a hundredth of the products.
+// Activation rows in a chunk, at most: their values stay in the second-level cache, and their sums in
+// a panel product are 32 KiB with the widest panel.
 constexpr int64_t kChunkRows = 128;
+
+// Row blocks in a chunk, at least, for few_rows() takes up to so many in a pass; and those for which it is
+// called at once, whose sums are at most 4 KiB.
+constexpr int64_t kPassBlocks = 2;
+constexpr int64_t kStreamBlocks = 8;
+
+// From so many row blocks on, counted for each chunk of rows, chunks are made of kStreamBlocks: there are
+// enough of them for any number of threads, and activations are fetched less often.
+constexpr int64_t kManyBlocks = 64 * kStreamBlocks;
 
 // Inputs of an unpacked panel: 32 KiB with the widest, which then stays in the first-level cache
 // (48 KiB on Zen 5 and Intel's, 32 KiB on Zen 4) or close to it while all rows pass.
@@ -362,25 +371,32 @@ struct Product {
     }
   }
 
-  void few_rows(int64_t item, const Chunk& chunk) const {
-    constexpr int64_t kTileBlocks = 8;  // 4 rows * 128 outputs * 4 bytes = 2 KiB of sums
-    int32_t acc[kFewRows * kTileBlocks * kBlockRows];
-    const int64_t first = item * plan.m + chunk.row;
-    const int m = static_cast<int>(chunk.row_end - chunk.row);
-    const FewActivations rows{&a.q[first * plan.k_padded()], plan.k_padded(),
-                              &a.group_sums[first * plan.group_stride()], plan.group_stride(), m};
-    for (int64_t nb = chunk.block; nb < chunk.block_end; nb += kTileBlocks) {
-      const int64_t blocks = std::min(kTileBlocks, chunk.block_end - nb);
-      kernel.few_rows[static_cast<int>(plan.layout)](
-          weights(plan.items[static_cast<size_t>(item)], nb, blocks), rows, acc,
-          blocks * kBlockRows);
-      finish(item, chunk.row, m, nb, blocks, few_rows_offset(plan.layout), acc,
-             blocks * kBlockRows);
+  // Row blocks stay in the second-level cache while all rows of the chunk pass, some at a time.
+  void streamed_rows(int64_t item, const Chunk& chunk) const {
+    int32_t acc[kMaxFewRows * kStreamBlocks * kBlockRows];
+    const int64_t tiles = (chunk.row_end - chunk.row + kernel.few_rows_limit - 1) /
+                          kernel.few_rows_limit;
+    const auto tile_row = [&](int64_t t) {
+      return chunk.row + (chunk.row_end - chunk.row) * t / tiles;
+    };
+    for (int64_t nb = chunk.block; nb < chunk.block_end; nb += kStreamBlocks) {
+      const int64_t blocks = std::min(kStreamBlocks, chunk.block_end - nb);
+      const PackedRows rows = weights(plan.items[static_cast<size_t>(item)], nb, blocks);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t first = item * plan.m + tile_row(t);
+        const int64_t m = tile_row(t + 1) - tile_row(t);
+        const FewActivations few{&a.q[first * plan.k_padded()], plan.k_padded(),
+                                 &a.group_sums[first * plan.group_stride()], plan.group_stride(),
+                                 static_cast<int>(m)};
+        kernel.few_rows[static_cast<int>(plan.layout)](rows, few, acc, blocks * kBlockRows);
+        finish(item, tile_row(t), m, nb, blocks, few_rows_offset(plan.layout), acc,
+               blocks * kBlockRows);
+      }
     }
   }
 
   // At most kChunkRows rows and panel_blocks row blocks.
-  void many_rows(int64_t item, const Chunk& chunk) const {
+  void panelled_rows(int64_t item, const Chunk& chunk) const {
     alignas(64) uint8_t panel[kPanelInputs * kMaxPanelBlocks * kBlockRows];
     alignas(64) int32_t acc[kChunkRows * kMaxPanelBlocks * kBlockRows];
     const int64_t columns = kernel.panel_blocks * kBlockRows;
@@ -423,13 +439,15 @@ void run(ffi::ThreadPool pool, const Plan& plan, const Data<X, Y>& data) {
   if (a.failed) throw std::bad_alloc();
 
   // Consecutive chunks share their row blocks, so that threads meet the same codes in the cache.
-  const bool few = plan.m <= kFewRows;
-  const int64_t chunk_rows = std::min(plan.m, few ? kFewRows : kChunkRows);
-  const int64_t chunk_blocks =
-      !few     ? kernel.panel_blocks
-      : serial ? plan.row_blocks
-               : std::max<int64_t>(1, kChunkWork / std::max<int64_t>(1, plan.m * plan.block_work()));
+  const bool streams = plan.m <= kernel.streamed_rows;
+  const int64_t chunk_rows = std::min(plan.m, kChunkRows);
   const int64_t row_chunks = (plan.m + chunk_rows - 1) / chunk_rows;
+  const int64_t chunk_work = std::max<int64_t>(1, chunk_rows * plan.block_work());
+  const int64_t chunk_blocks =
+      !streams                                       ? kernel.panel_blocks
+      : serial                                       ? plan.row_blocks
+      : row_chunks * plan.row_blocks >= kManyBlocks  ? kStreamBlocks
+                                                     : std::max(kPassBlocks, kChunkWork / chunk_work);
   const int64_t block_chunks = (plan.row_blocks + chunk_blocks - 1) / chunk_blocks;
   const int64_t item_chunks = row_chunks * block_chunks;
   const Product<X, Y> product{kernel, plan, data, a};
@@ -438,10 +456,10 @@ void run(ffi::ThreadPool pool, const Plan& plan, const Data<X, Y>& data) {
     const int64_t block = number % item_chunks / row_chunks * chunk_blocks;
     const Chunk chunk{row, std::min(plan.m, row + chunk_rows), block,
                       std::min(plan.row_blocks, block + chunk_blocks)};
-    if (few) {
-      product.few_rows(number / item_chunks, chunk);
+    if (streams) {
+      product.streamed_rows(number / item_chunks, chunk);
     } else {
-      product.many_rows(number / item_chunks, chunk);
+      product.panelled_rows(number / item_chunks, chunk);
     }
   };
   if (serial) {

@@ -10,8 +10,9 @@
 //   acc_n   = sum_g m_ng * sum_{k in g} q_k * w_nk                        exact int32
 // The final scaling is not a kernel's business: epilogue.h does it once for all of them.
 //
-// Few rows of activations are multiplied with the packed codes as they stream by. For many rows a
-// panel of codes is unpacked once, to one byte a weight, and meets all rows from the cache.
+// A few rows of activations are multiplied with the packed codes as they stream by. Many rows are
+// taken a few at a time, if the instruction set unpacks codes beside the products; otherwise a panel
+// of codes is unpacked once, to one byte a weight, and meets all rows from the cache.
 //
 // Kernels see raw pointers and sizes, allocate nothing, throw nothing, keep no state, and read and
 // write only the bytes named here. No pointer needs more than its element type's alignment.
@@ -47,9 +48,8 @@ constexpr int64_t padded_inputs(Layout layout, int64_t k) {
   return (inputs + kRowPadding - 1) / kRowPadding * kRowPadding;
 }
 
-// Rows of activations up to which codes are used as they stream by: beyond four, a product is
-// bound by arithmetic rather than by memory, and unpacking pays.
-constexpr int kFewRows = 4;
+// Most rows that any kernel's few_rows() takes.
+constexpr int kMaxFewRows = 8;
 
 // The activations' smallest amax and their quantisation range.
 constexpr float kMinAmax = 1e-5F;
@@ -84,7 +84,7 @@ struct FewActivations {
   int64_t q_stride;           // values from row to row
   const int32_t* group_sums;  // int4: m rows of the sums of q over each group of 32; else unused
   int64_t group_stride;
-  int m;                      // 1..kFewRows
+  int m;                      // 1..Kernel::few_rows_limit
 };
 
 // out[i * out_stride + n] = sum_k q[i][k] * (w_nk + few_rows_offset), for n < row_blocks*16, with
@@ -127,6 +127,8 @@ struct Kernel {
   GateRow silu_gate;
   NormRow rms_norm;
   FewRows few_rows[kLayoutCount];
+  int few_rows_limit;        // activation rows of few_rows(), at most kMaxFewRows
+  int64_t streamed_rows;     // activation rows up to which few_rows() beats panels
   UnpackPanel unpack_panel[kLayoutCount];
   PanelProduct ternary_panel;  // panel bytes of the ternary layouts
   PanelProduct byte_panel;     // of int4 and int8

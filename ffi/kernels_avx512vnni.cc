@@ -5,6 +5,8 @@
 
 #include <immintrin.h>
 
+#include <limits>
+
 #include "products.h"
 
 namespace bitjax {
@@ -21,8 +23,12 @@ struct Avx512 {
   static constexpr int kPanelBlocks = 4;
   static constexpr int kTileVectors = 4;
   static constexpr int kTileRows = 6;
+  // Two row blocks for 8 rows: 16 accumulators, and unpacking on the ports that products leave idle.
+  static constexpr int kFewRows = 8;
   static constexpr int stream_vectors(int) { return 1; }
-  static constexpr bool mask_in_place(int) { return true; }
+  static constexpr int stream_blocks(int m) { return m <= 2 ? 1 : 2; }
+  static constexpr bool mask_in_place(int m) { return m <= 2; }
+  static constexpr bool multiply_first(int m) { return m > 2; }
 
   static Bytes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static void store(uint8_t* p, Bytes b) { _mm512_storeu_si512(p, b); }
@@ -35,11 +41,7 @@ struct Avx512 {
   static Bytes shr(Bytes a) {
     return _mm512_srli_epi16(a, n);
   }
-  static Bytes mul_bytes(Bytes a, Bytes b) {
-    const Bytes even = _mm512_mullo_epi16(a, b);
-    const Bytes odd = _mm512_mullo_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8));
-    return _mm512_mask_blend_epi8(0xAAAAAAAAAAAAAAAA, even, _mm512_slli_epi16(odd, 8));
-  }
+  static Bytes mul_bytes(Bytes a, Bytes b) { return _mm512_mullo_epi16(a, shr<8>(b)); }
   static Bytes repeat_lane_bytes(const uint8_t* p) {
     return _mm512_mullo_epi32(load_lane_bytes(p), _mm512_set1_epi32(0x01010101));
   }
@@ -71,12 +73,14 @@ struct Avx512 {
   };
 
 #ifdef __AVX512VBMI__
+  static constexpr int64_t kStreamedRows = std::numeric_limits<int64_t>::max();
   static constexpr bool kHasTritTable = true;
   static Bytes trit_fields(Bytes b) {
     alignas(64) static constexpr TritFields kTable;
     return _mm512_permutex2var_epi8(load(kTable.fields), b, load(kTable.fields + 64));
   }
 #else
+  static constexpr int64_t kStreamedRows = 16;
   static constexpr bool kHasTritTable = false;
   static Bytes trit_of_multiple(Bytes b) {
     const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kNibbleTrits));

@@ -21,6 +21,10 @@ struct Neon {
   static constexpr int kPanelBlocks = 1;
   static constexpr int kTileVectors = 4;
   static constexpr int kTileRows = 6;
+  static constexpr int kFewRows = 4;
+  static constexpr int64_t kStreamedRows = 4;
+  static constexpr int stream_blocks(int) { return 1; }
+  static constexpr bool multiply_first(int) { return false; }
   static constexpr int stream_vectors(int) { return 4; }
   static constexpr bool mask_in_place(int) { return false; }
 

@@ -127,6 +127,8 @@ Kernel scalar_kernel() {
           rms_norm,
           {few_rows<Layout::kTernary2>, few_rows<Layout::kTernary16>, few_rows<Layout::kInt4>,
            few_rows<Layout::kInt8>},
+          kMaxFewRows,
+          4,  // activation rows up to which it streams
           {unpack_panel<Layout::kTernary2>, unpack_panel<Layout::kTernary16>,
            unpack_panel<Layout::kInt4>, unpack_panel<Layout::kInt8>},
           panel_product,

@@ -10,16 +10,20 @@
 //   Isa::kTileRows           activation rows of a panel product: with the panel's vectors, as many
 //                            accumulators as the registers hold
 //   Isa::stream_vectors(m)   vectors of a block that few_rows() takes in one pass
-//   Isa::kMaskInPlace        whether codes scaled by a power of their base may be multiplied: they
-//                            save shifts, and want 32-bit products
+//   Isa::kFewRows            activation rows of few_rows(), at most
+//   Isa::kStreamedRows       activation rows up to which few_rows() beats panels
+//   Isa::mask_in_place(m)    whether codes scaled by a power of their base may be multiplied: they
+//                            save shifts, want 32-bit products, and an accumulator for every plane
+//   Isa::stream_blocks(m)    row blocks that few_rows() takes in one pass
+//   Isa::multiply_first(m)   whether int4 codes are multiplied before their products are summed
 //   Isa::Dot<max_code>       multiplies: Narrow, kSpan (calls that Narrow can take before widen()),
 //                            dot(Narrow, Bytes codes, int32 group of 4 activations),
 //                            widen(Sums, Narrow)
 //   Isa::kHasTritTable       whether there is trit_fields(b): 2-bit fields of the base-3 digits of
 //                            0..80; otherwise there is trit_of_multiple(b): the digit d of 3d, 9d or
 //                            27d, which kNibbleTrits tells from the low four bits
-//   and, on vectors, load, store, splat, land, sub, umin, shr<n> (16-bit units), mul_bytes (modulo
-//   256); splat32, add, sub32, mul32, sar<n>, load_sums, store_sums, load_lane_bytes (one byte a
+//   and, on vectors, load, store, splat, land, sub, umin, shr<n> (16-bit units), mul_bytes (products
+//   below 256, by the same byte in both halves of a 16-bit unit); splat32, add, sub32, mul32, sar<n>, load_sums, store_sums, load_lane_bytes (one byte a
 //   row, widened to Sums), repeat_lane_bytes (one byte a row, in all four bytes of its lane).
 #ifndef BITJAX_FFI_PRODUCTS_H_
 #define BITJAX_FFI_PRODUCTS_H_
@@ -180,11 +184,58 @@ struct TritFields {
   }
 };
 
+// A vector of weights, unpacked block by block to bytes w * multiplier + panel_offset.
+template <class Isa, template <class> class L>
+class Unpacked {
+ public:
+  using Bytes = typename Isa::Bytes;
+  static constexpr int kPlanes = L<Isa>::kPlanes;
+
+  Unpacked() = default;
+
+  // Lanes of vector v of a row block, from input block `first` on.
+  Unpacked(const PackedRows& w, int64_t row, int v, int64_t first)
+      : first_(first),
+        codes_(w.codes + row * w.input_blocks * kBlockBytes + v * Isa::kLanes * kLaneBytes) {
+    if constexpr (kGroup != 0)
+      multipliers_ = w.multipliers + row * (w.input_blocks / kGroup) * kBlockRows + v * Isa::kLanes;
+  }
+
+  // Asks for the block that lies `ahead` bytes beyond kb; past the end that does nothing.
+  void prefetch(int64_t kb, int64_t ahead) const {
+    __builtin_prefetch(codes_ + kb * kBlockBytes + ahead);
+  }
+
+  // The planes of block kb; blocks come in order.
+  void planes(int64_t kb, Bytes (&plane)[kPlanes]) {
+    L<Isa>::clean(Isa::load(codes_ + kb * kBlockBytes), plane);
+    if constexpr (kGroup != 0) {
+      if (kb % kGroup == 0 || kb == first_) {
+        multiplier_ = Isa::repeat_lane_bytes(multipliers_ + kb / kGroup * kBlockRows);
+        constexpr uint8_t kOffset = spec(L<Isa>::kLayout).offset;
+        bias_ = Isa::sub(Isa::splat(panel_offset(L<Isa>::kLayout)),
+                         Isa::mul_bytes(multiplier_, Isa::splat(kOffset)));
+      }
+      // (c - 8) * m + 128, where c * m <= 225
+      for (int s = 0; s < kPlanes; ++s)
+        plane[s] = Isa::add_bytes(Isa::mul_bytes(plane[s], multiplier_), bias_);
+    }
+  }
+
+ private:
+  static constexpr int kGroup = spec(L<Isa>::kLayout).group_blocks;
+
+  int64_t first_ = 0;
+  const uint8_t* codes_ = nullptr;
+  const uint8_t* multipliers_ = nullptr;
+  Bytes multiplier_{}, bias_{};
+};
+
 // ---- few rows --------------------------------------------------------------------------------------
 //
-// One consecutive stream of blocks, each met by all M rows: two streams (two row blocks at once,
-// which would save broadcasts) halve the speed from memory. H vectors of a block are taken in one
-// pass over it.
+// Each block of codes is met by all M rows. Up to about two rows memory is the limit, and one
+// consecutive stream of blocks is fastest. From then on arithmetic is: passes take B row blocks at once,
+// so that a broadcast of activations serves all of them, and H vectors of each.
 
 // How far ahead codes are asked for: two pages, for the hardware's own prefetcher stops at the end of
 // one. Row blocks follow each other, so this is what comes next; past the end it does nothing.
@@ -227,48 +278,60 @@ void masked_rows(const PackedRows& w, const FewActivations& x, int32_t* out, int
   }
 }
 
-// Codes as they are, one accumulator a row, in spans that its width can take.
-template <class Isa, template <class> class L, int M, int H>
-void clean_rows(const PackedRows& w, const FewActivations& x, int32_t* out, int64_t out_stride) {
+// Codes unpacked, one accumulator a row, in spans that its width can take.
+template <class Isa, template <class> class L, int M, int H, int B>
+void unpacked_pass(const PackedRows& w, int64_t row, const FewActivations& x, int32_t* out,
+                   int64_t out_stride) {
   using Lay = L<Isa>;
   using Bytes = typename Isa::Bytes;
   using Sums = typename Isa::Sums;
   using Dot = typename Isa::template Dot<Lay::kMaxCode>;
   constexpr int P = Lay::kPlanes;
-  for (int64_t row = 0; row < w.row_blocks; ++row) {
-    const uint8_t* codes = w.codes + row * w.input_blocks * kBlockBytes;
-    for (int v = 0; v < kBlockRows / Isa::kLanes; v += H) {
-      Sums acc[H][M];
-      for (int h = 0; h < H; ++h)
-        for (int i = 0; i < M; ++i) acc[h][i] = Isa::splat32(0);
-      for (int64_t kb = 0; kb < w.input_blocks;) {
-        const int64_t span = Dot::kSpan / P;
-        const int64_t end = kb + span < w.input_blocks ? kb + span : w.input_blocks;
-        typename Dot::Narrow narrow[H][M];
-        for (int h = 0; h < H; ++h)
-          for (int i = 0; i < M; ++i) narrow[h][i] = Dot::none();
-        for (; kb < end; ++kb) {
-          Bytes plane[H][P];
-          __builtin_prefetch(codes + kb * kBlockBytes + kPrefetchBytes);
-          for (int h = 0; h < H; ++h)
-            Lay::clean(Isa::load(codes + kb * kBlockBytes + (v + h) * Isa::kLanes * kLaneBytes),
-                       plane[h]);
-          const int8_t* a = x.q + kb * P * kLaneBytes;
-          for (int s = 0; s < P; ++s)
-            for (int i = 0; i < M; ++i) {
-              const int32_t group = four_activations(a + i * x.q_stride + s * kLaneBytes);
-              for (int h = 0; h < H; ++h) narrow[h][i] = Dot::dot(narrow[h][i], plane[h][s], group);
-            }
+  constexpr int V = B * H;
+  for (int v = 0; v < kBlockRows / Isa::kLanes; v += H) {
+    Unpacked<Isa, L> weights[V];
+    for (int n = 0; n < V; ++n) weights[n] = {w, row + n / H, v + n % H, 0};
+    Sums acc[V][M];
+    for (int n = 0; n < V; ++n)
+      for (int i = 0; i < M; ++i) acc[n][i] = Isa::splat32(0);
+    for (int64_t kb = 0; kb < w.input_blocks;) {
+      const int64_t span = Dot::kSpan / P;
+      const int64_t end = kb + span < w.input_blocks ? kb + span : w.input_blocks;
+      typename Dot::Narrow narrow[V][M];
+      for (int n = 0; n < V; ++n)
+        for (int i = 0; i < M; ++i) narrow[n][i] = Dot::none();
+      for (; kb < end; ++kb) {
+        Bytes plane[V][P];
+        for (int n = 0; n < V; ++n) {
+          weights[n].prefetch(kb, kPrefetchBytes);
+          weights[n].planes(kb, plane[n]);
         }
-        for (int h = 0; h < H; ++h)
-          for (int i = 0; i < M; ++i) acc[h][i] = Dot::widen(acc[h][i], narrow[h][i]);
+        const int8_t* a = x.q + kb * P * kLaneBytes;
+        for (int s = 0; s < P; ++s)
+          for (int i = 0; i < M; ++i) {
+            const int32_t group = four_activations(a + i * x.q_stride + s * kLaneBytes);
+            for (int n = 0; n < V; ++n) narrow[n][i] = Dot::dot(narrow[n][i], plane[n][s], group);
+          }
       }
-      for (int h = 0; h < H; ++h)
-        for (int i = 0; i < M; ++i)
-          Isa::store_sums(out + i * out_stride + row * kBlockRows + (v + h) * Isa::kLanes,
-                          acc[h][i]);
+      for (int n = 0; n < V; ++n)
+        for (int i = 0; i < M; ++i) acc[n][i] = Dot::widen(acc[n][i], narrow[n][i]);
     }
+    for (int n = 0; n < V; ++n)
+      for (int i = 0; i < M; ++i)
+        Isa::store_sums(
+            out + i * out_stride + (row + n / H) * kBlockRows + (v + n % H) * Isa::kLanes,
+            acc[n][i]);
   }
+}
+
+template <class Isa, template <class> class L, int M, int H>
+void unpacked_rows(const PackedRows& w, const FewActivations& x, int32_t* out, int64_t out_stride) {
+  constexpr int B = Isa::stream_blocks(M);
+  int64_t row = 0;
+  for (; row + B <= w.row_blocks; row += B)
+    unpacked_pass<Isa, L, M, H, B>(w, row, x, out, out_stride);
+  for (; row < w.row_blocks; ++row)
+    unpacked_pass<Isa, L, M, H, 1>(w, row, x, out, out_stride);
 }
 
 // int4: after each group of blocks the sums, freed of their offset, are multiplied.
@@ -315,61 +378,60 @@ void grouped_rows(const PackedRows& w, const FewActivations& x, int32_t* out, in
   }
 }
 
+// int4 multiplied as it is unpacked; what its bytes are too large by comes off at the end.
+template <class Isa, int M, int H>
+void multiplied_rows(const PackedRows& w, const FewActivations& x, int32_t* out,
+                     int64_t out_stride) {
+  unpacked_rows<Isa, Int4, M, H>(w, x, out, out_stride);
+  const int64_t groups = w.input_blocks / spec(Layout::kInt4).group_blocks;
+  for (int i = 0; i < M; ++i) {
+    int32_t sum = 0;
+    for (int64_t g = 0; g < groups; ++g) sum += x.group_sums[i * x.group_stride + g];
+    for (int64_t n = 0; n < w.row_blocks * kBlockRows; ++n)
+      out[i * out_stride + n] -= panel_offset(Layout::kInt4) * sum;
+  }
+}
+
 template <class Isa, template <class> class L, int M>
 void few_rows_of(const PackedRows& w, const FewActivations& x, int32_t* out, int64_t out_stride) {
   constexpr int H = Isa::stream_vectors(M);
-  if constexpr (spec(L<Isa>::kLayout).group_blocks != 0) {
+  if constexpr (spec(L<Isa>::kLayout).group_blocks != 0 && Isa::multiply_first(M)) {
+    multiplied_rows<Isa, M, H>(w, x, out, out_stride);
+  } else if constexpr (spec(L<Isa>::kLayout).group_blocks != 0) {
     grouped_rows<Isa, M>(w, x, out, out_stride);
   } else if constexpr (Isa::mask_in_place(M)) {
     masked_rows<Isa, L, M, H>(w, x, out, out_stride);
   } else {
-    clean_rows<Isa, L, M, H>(w, x, out, out_stride);
+    unpacked_rows<Isa, L, M, H>(w, x, out, out_stride);
   }
 }
 
-template <class Isa, template <class> class L>
+template <class Isa, template <class> class L, int M = Isa::kFewRows>
 void few_rows(const PackedRows& w, const FewActivations& x, int32_t* out, int64_t out_stride) {
-  switch (x.m) {
-    case 1: return few_rows_of<Isa, L, 1>(w, x, out, out_stride);
-    case 2: return few_rows_of<Isa, L, 2>(w, x, out, out_stride);
-    case 3: return few_rows_of<Isa, L, 3>(w, x, out, out_stride);
-    default: return few_rows_of<Isa, L, 4>(w, x, out, out_stride);
+  if constexpr (M > 1) {
+    if (x.m < M) return few_rows<Isa, L, M - 1>(w, x, out, out_stride);
   }
+  few_rows_of<Isa, L, M>(w, x, out, out_stride);
 }
-static_assert(kFewRows == 4, "few_rows has a case for every number of rows");
 
 // ---- panels ----------------------------------------------------------------------------------------
 
 template <class Isa, template <class> class L>
 void unpack_panel(const PackedRows& w, int64_t first, int64_t last, uint8_t* panel) {
-  using Lay = L<Isa>;
-  using Bytes = typename Isa::Bytes;
-  constexpr LayoutSpec kSpec = spec(Lay::kLayout);
-  constexpr int P = Lay::kPlanes;
+  constexpr int P = L<Isa>::kPlanes;
   constexpr int64_t kStep = Isa::kPanelBlocks * kBlockBytes;
-  for (int row = 0; row < w.row_blocks; ++row) {
-    const uint8_t* codes = w.codes + row * w.input_blocks * kBlockBytes;
+  for (int row = 0; row < w.row_blocks; ++row)
     for (int v = 0; v < kBlockRows / Isa::kLanes; ++v) {
+      Unpacked<Isa, L> weights(w, row, v, first);
       uint8_t* to = panel + row * kBlockBytes + v * Isa::kLanes * kLaneBytes;
       for (int64_t kb = first; kb < last; ++kb) {
         // What the next panel of these rows is made of arrives while this one is multiplied.
-        __builtin_prefetch(codes + (kb + last - first) * kBlockBytes);
-        Bytes plane[P];
-        Lay::clean(Isa::load(codes + kb * kBlockBytes + v * Isa::kLanes * kLaneBytes), plane);
-        if constexpr (kSpec.group_blocks != 0) {
-          // (c - 8) * m + 128 modulo 256, where m * 8 <= 120
-          const int64_t groups = w.input_blocks / kSpec.group_blocks;
-          const Bytes m = Isa::repeat_lane_bytes(
-              w.multipliers + (row * groups + kb / kSpec.group_blocks) * kBlockRows +
-              v * Isa::kLanes);
-          const Bytes bias = Isa::sub(Isa::splat(panel_offset(Lay::kLayout)),
-                                      Isa::mul_bytes(m, Isa::splat(kSpec.offset)));
-          for (int s = 0; s < P; ++s) plane[s] = Isa::add_bytes(Isa::mul_bytes(plane[s], m), bias);
-        }
+        weights.prefetch(kb, (last - first) * kBlockBytes);
+        typename Isa::Bytes plane[P];
+        weights.planes(kb, plane);
         for (int s = 0; s < P; ++s, to += kStep) Isa::store(to, plane[s]);
       }
     }
-  }
 }
 
 // M activation rows meet V vectors of a panel; all sums stay in registers for a span.
@@ -453,7 +515,8 @@ template <class Isa>
 Kernel make_kernel(const char* name, QuantizeRow<float> quantize_f32,
                    QuantizeRow<uint16_t> quantize_bf16) {
   static_assert(Isa::kTileRows == 3 || Isa::kTileRows == 6, "panel_product has these cases");
-  static_assert(Isa::kPanelBlocks <= kMaxPanelBlocks, "panels fit the callers' buffers");
+  static_assert(Isa::kPanelBlocks <= kMaxPanelBlocks && Isa::kFewRows <= kMaxFewRows,
+                "panels and sums fit the callers' buffers");
   return {name,
           quantize_f32,
           quantize_bf16,
@@ -462,6 +525,8 @@ Kernel make_kernel(const char* name, QuantizeRow<float> quantize_f32,
           rms_norm,
           {few_rows<Isa, Ternary2>, few_rows<Isa, Ternary16>, few_rows<Isa, Int4>,
            few_rows<Isa, Int8>},
+          Isa::kFewRows,
+          Isa::kStreamedRows,
           {unpack_panel<Isa, Ternary2>, unpack_panel<Isa, Ternary16>, unpack_panel<Isa, Int4>,
            unpack_panel<Isa, Int8>},
           panel_product<Isa, 3>,

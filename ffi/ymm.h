@@ -17,6 +17,10 @@ struct Ymm {
   static constexpr int kPanelBlocks = 2;
   static constexpr int kTileVectors = 4;
   static constexpr int kTileRows = 3;
+  static constexpr int kFewRows = 4;
+  static constexpr int64_t kStreamedRows = 4;
+  static constexpr int stream_blocks(int) { return 1; }
+  static constexpr bool multiply_first(int) { return false; }
 
   static Bytes load(const uint8_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -33,11 +37,7 @@ struct Ymm {
   static Bytes shr(Bytes a) {
     return _mm256_srli_epi16(a, n);
   }
-  static Bytes mul_bytes(Bytes a, Bytes b) {
-    const Bytes even = _mm256_and_si256(_mm256_mullo_epi16(a, b), _mm256_set1_epi16(0xFF));
-    const Bytes odd = _mm256_mullo_epi16(_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8));
-    return _mm256_or_si256(even, _mm256_slli_epi16(odd, 8));
-  }
+  static Bytes mul_bytes(Bytes a, Bytes b) { return _mm256_mullo_epi16(a, shr<8>(b)); }
   static Bytes repeat_lane_bytes(const uint8_t* p) {
     return _mm256_mullo_epi32(load_lane_bytes(p), _mm256_set1_epi32(0x01010101));
   }

@@ -460,7 +460,7 @@ Matrix make_matrix(Layout layout, int64_t input_blocks, int row_blocks, Fill fil
 
 // Activations for any number of rows up to kMostRows: m rows are the last m, which end where the
 // buffers end.
-constexpr int kMostRows = 6;
+constexpr int kMostRows = kMaxFewRows;
 
 struct Activations {
   int64_t stride, group_stride;
@@ -514,7 +514,7 @@ std::string label(const char* what, const Matrix& matrix, int m) {
 void check_few_rows(const Kernel& kernel, const Matrix& matrix, const Activations& a,
                     const char* what) {
   const int64_t offset = matrix.multiplied() ? 0 : kOffset[static_cast<int>(matrix.layout)];
-  for (int m = 1; m <= kFewRows; ++m) {
+  for (int m = 1; m <= kernel.few_rows_limit; ++m) {
     const int64_t n = matrix.rows();
     const int64_t stride = n + uniform(0, 3);
     const Buffer<int32_t> out((m - 1) * stride + n, -7, odd());
@@ -652,8 +652,9 @@ void check_invalid_bytes(const std::vector<Kernel>& kernels, Layout layout, int 
   const Activations a = make_activations(matrix, true);
   const int l = static_cast<int>(layout);
   for (const Kernel& kernel : kernels) {
-    const Buffer<int32_t> out(kFewRows * 16, 0, odd());
-    kernel.few_rows[l](matrix.packed(1), a.few(kFewRows, matrix.multiplied()), out.get(), 16);
+    const int m = kernel.few_rows_limit;
+    const Buffer<int32_t> out(m * 16, 0, odd());
+    kernel.few_rows[l](matrix.packed(1), a.few(m, matrix.multiplied()), out.get(), 16);
     const int64_t columns = kernel.panel_blocks * 16;
     const Buffer<uint8_t> panel(matrix.inputs * columns, kUntouched, odd());
     kernel.unpack_panel[l](matrix.packed(1), 0, matrix.input_blocks, panel.get());
