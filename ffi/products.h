@@ -288,6 +288,8 @@ void unpacked_pass(const PackedRows& w, int64_t row, const FewActivations& x, in
   using Dot = typename Isa::template Dot<Lay::kMaxCode>;
   constexpr int P = Lay::kPlanes;
   constexpr int V = B * H;
+  // Where a pass takes several row blocks, what comes next to each stream is in the next pass.
+  const int64_t ahead = B == 1 ? kPrefetchBytes : B * w.input_blocks * kBlockBytes;
   for (int v = 0; v < kBlockRows / Isa::kLanes; v += H) {
     Unpacked<Isa, L> weights[V];
     for (int n = 0; n < V; ++n) weights[n] = {w, row + n / H, v + n % H, 0};
@@ -303,7 +305,7 @@ void unpacked_pass(const PackedRows& w, int64_t row, const FewActivations& x, in
       for (; kb < end; ++kb) {
         Bytes plane[V][P];
         for (int n = 0; n < V; ++n) {
-          weights[n].prefetch(kb, kPrefetchBytes);
+          weights[n].prefetch(kb, ahead);
           weights[n].planes(kb, plane[n]);
         }
         const int8_t* a = x.q + kb * P * kLaneBytes;
