@@ -16,6 +16,9 @@ block, byte `4*r + j` holds for row r and each plane s the code of column `4*s +
 bits 2s and 2s+1, int4 in the bits 4s..4s+3, ternary1.6 as digit s of a number in base 3. Rows and
 columns beyond the matrix hold weight zero; int4 has whole groups of 32 columns.
 
+A ternary matrix may be stored by columns as well (`with_columns`): uint8 `[column tiles, columns, 64]`,
+where byte b of tile t holds for each plane s the code of row `(t * planes + s) * 64 + b`.
+
 So one 64-byte vector load brings four columns of sixteen rows per plane: every 32-bit lane is a
 row, and a four-byte dot product with the same four activations in every lane advances all sixteen
 rows with no horizontal sum.
@@ -34,6 +37,7 @@ FORMAT_VERSION = 2
 BLOCK_ROWS = 16
 LANE_BYTES = 4  # columns of one plane of a block
 BLOCK_BYTES = BLOCK_ROWS * LANE_BYTES
+COLUMN_BYTES = 64  # of a column in a tile
 
 LayoutName = Literal["ternary2", "ternary1.6", "int4", "int8"]
 
@@ -84,6 +88,8 @@ class PackedWeights:
         codes: uint8 `[row blocks, column blocks, 64]`, the layout above.
         scale: float32 `[]` or `[rows]`; multiplies.
         multipliers: uint8 `[row blocks, groups, 16]` for int4, else None.
+        columns: uint8 `[column tiles, cols, 64]`, or None: the codes once more, column by column,
+            see `with_columns`.
         rows, cols: output and input features, static.
         layout: static.
     """
@@ -94,6 +100,7 @@ class PackedWeights:
     rows: int = dataclasses.field(metadata={"static": True})
     cols: int = dataclasses.field(metadata={"static": True})
     layout: LayoutName = dataclasses.field(metadata={"static": True})
+    columns: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -102,7 +109,7 @@ class PackedWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales and multipliers."""
+        """Bytes of codes, scales, multipliers and columns."""
         return sum(int(leaf.nbytes) for leaf in jax.tree.leaves(self))
 
 
@@ -161,6 +168,33 @@ def pack(
     return PackedWeights(
         jnp.asarray(codes), jnp.asarray(scale), packed_multipliers, rows, cols, layout
     )
+
+
+def columns_shape(layout: LayoutName, rows: int, cols: int) -> tuple[int, int, int]:
+    """Shape of the uint8 columns of a ternary matrix."""
+    return -(-rows // (COLUMN_BYTES * LAYOUTS[layout].planes)), cols, COLUMN_BYTES
+
+
+def with_columns(packed: PackedWeights) -> PackedWeights:
+    """The same weights, stored by columns as well.
+
+    A product of one row of activations then reads only the columns whose activation is not zero
+    after quantisation, when those are few, and gives the same bits. That is for matrices behind
+    ReLU^2; the price is their size once more.
+
+    Raises:
+        ValueError: not a ternary layout.
+    """
+    if LAYOUTS[packed.layout].base > 4:
+        raise ValueError(f"{packed.layout} weights are not stored by columns; ternary ones are")
+    about = LAYOUTS[packed.layout]
+    tiles, cols, _ = columns_shape(packed.layout, *packed.shape)
+    codes = np.full((tiles * about.planes * COLUMN_BYTES, cols), about.offset, np.uint8)
+    codes[: packed.rows] = np.asarray(unpack(packed)) + about.offset
+    digits = codes.reshape(tiles, about.planes, COLUMN_BYTES, cols)
+    powers = np.array([about.base**s for s in range(about.planes)], np.uint8)
+    columns = np.einsum("tsbk,s->tkb", digits, powers, dtype=np.uint8, casting="unsafe")
+    return dataclasses.replace(packed, columns=jnp.asarray(columns))
 
 
 def _pack_multipliers(rows: int, cols: int, multipliers: np.ndarray | None) -> np.ndarray:

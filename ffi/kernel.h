@@ -112,6 +112,22 @@ constexpr int panel_offset(Layout layout) {
 using PanelProduct = void (*)(const uint8_t* panel, int64_t groups, const int8_t* q,
                               int64_t q_stride, int m, int32_t* acc);
 
+// Non-zero activations of a row, in any order; count is a multiple of 4, filled up with zeros.
+struct SparseRow {
+  const int32_t* input;  // position of each
+  const int8_t* value;
+  int64_t count;
+};
+
+// Lists the non-zero values of q [k], k a multiple of kRowPadding; returns how many there are. `input` and
+// `value` have room for k and may be written to the end; entries from the last to the next multiple of
+// 4 are of value 0 and input 0.
+using FindNonZero = int64_t (*)(const int8_t* q, int64_t k, int32_t* input, int8_t* value);
+
+// out[n] = sum_i value_i * (w_n,input_i + offset) for the 64 * planes rows n of a tile of columns
+// [k][64], 0 <= input_i < k. May ask for, but does not read, what follows the tile.
+using ColumnProduct = void (*)(const uint8_t* tile, int64_t k, const SparseRow& x, int32_t* out);
+
 // For measuring the machine: `rounds` rounds of independent dot products in registers, returning how
 // many multiply-adds they were; and a read of n bytes, returning something that depends on all.
 using DotRounds = int64_t (*)(int64_t rounds);
@@ -132,6 +148,8 @@ struct Kernel {
   UnpackPanel unpack_panel[kLayoutCount];
   PanelProduct ternary_panel;  // panel bytes of the ternary layouts
   PanelProduct byte_panel;     // of int4 and int8
+  FindNonZero find_nonzero;      // null, and so are column_product, where skipping zeros does not pay
+  ColumnProduct column_product[kLayoutCount];  // null for int4 and int8
   DotRounds dot_rounds;
   ReadAll read_all;
   int panel_blocks;            // row blocks of a panel

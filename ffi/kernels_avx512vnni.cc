@@ -7,6 +7,7 @@
 
 #include <limits>
 
+#include "columns.h"
 #include "products.h"
 
 namespace bitjax {
@@ -44,6 +45,17 @@ struct Avx512 {
   static Bytes mul_bytes(Bytes a, Bytes b) { return _mm512_mullo_epi16(a, shr<8>(b)); }
   static Bytes repeat_lane_bytes(const uint8_t* p) {
     return _mm512_mullo_epi32(load_lane_bytes(p), _mm512_set1_epi32(0x01010101));
+  }
+
+  static void interleave(Bytes (&c)[4]) {
+    const Bytes low01 = _mm512_unpacklo_epi8(c[0], c[1]);
+    const Bytes high01 = _mm512_unpackhi_epi8(c[0], c[1]);
+    const Bytes low23 = _mm512_unpacklo_epi8(c[2], c[3]);
+    const Bytes high23 = _mm512_unpackhi_epi8(c[2], c[3]);
+    c[0] = _mm512_unpacklo_epi16(low01, low23);
+    c[1] = _mm512_unpackhi_epi16(low01, low23);
+    c[2] = _mm512_unpacklo_epi16(high01, high23);
+    c[3] = _mm512_unpackhi_epi16(high01, high23);
   }
 
   static Sums splat32(int32_t x) { return _mm512_set1_epi32(x); }
@@ -127,16 +139,36 @@ void quantize_row(const T* x, int64_t k, int64_t k_padded, int8_t* q, float* x_s
   *x_scale = finite ? amax * kInverseQuantMax : __builtin_nanf("");
 }
 
+int64_t find_nonzero(const int8_t* q, int64_t k, int32_t* input, int8_t* value) {
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  int64_t count = 0;
+  for (int64_t i = 0; i < k; i += kLanes) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q + i));
+    const __mmask16 mask = _mm_test_epi8_mask(bytes, bytes);
+    const __m512i inputs = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(i)));
+    const __m512i values = _mm512_maskz_compress_epi32(mask, _mm512_cvtepi8_epi32(bytes));
+    _mm512_storeu_si512(input + count, _mm512_maskz_compress_epi32(mask, inputs));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(value + count), _mm512_cvtepi32_epi8(values));
+    count += __builtin_popcount(mask);
+  }
+  for (int64_t i = count; i % 4 != 0; ++i) input[i] = value[i] = 0;
+  return count;
+}
+
+Kernel kernel(const char* name) {
+  Kernel result = make_kernel<Avx512>(name, quantize_row<float>, quantize_row<uint16_t>);
+  result.find_nonzero = find_nonzero;
+  result.column_product[static_cast<int>(Layout::kTernary2)] = column_product<Avx512, Ternary2>;
+  result.column_product[static_cast<int>(Layout::kTernary16)] = column_product<Avx512, Ternary16>;
+  return result;
+}
+
 }  // namespace
 
 #ifdef __AVX512VBMI__
-Kernel avx512vbmi_kernel() {
-  return make_kernel<Avx512>("avx512vbmi", quantize_row<float>, quantize_row<uint16_t>);
-}
+Kernel avx512vbmi_kernel() { return kernel("avx512vbmi"); }
 #else
-Kernel avx512vnni_kernel() {
-  return make_kernel<Avx512>("avx512vnni", quantize_row<float>, quantize_row<uint16_t>);
-}
+Kernel avx512vnni_kernel() { return kernel("avx512vnni"); }
 #endif
 
 }  // namespace bitjax

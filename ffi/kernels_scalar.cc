@@ -106,6 +106,29 @@ void panel_product(const uint8_t* panel, int64_t groups, const int8_t* q, int64_
                                      panel[g * kBlockBytes + n * kLaneBytes + j];
 }
 
+int64_t find_nonzero(const int8_t* q, int64_t k, int32_t* input, int8_t* value) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < k; ++i)
+    if (q[i] != 0) {
+      input[count] = static_cast<int32_t>(i);
+      value[count++] = q[i];
+    }
+  for (int64_t i = count; i % 4 != 0; ++i) input[i] = value[i] = 0;
+  return count;
+}
+
+template <Layout layout>
+void column_product(const uint8_t* tile, int64_t /*k*/, const SparseRow& x, int32_t* out) {
+  constexpr int kPlanes = spec(layout).planes;
+  for (int n = 0; n < kColumnBytes * kPlanes; ++n) out[n] = 0;
+  for (int64_t i = 0; i < x.count; ++i)
+    for (int b = 0; b < kColumnBytes; ++b) {
+      int code[kPlanes];
+      decode<layout>(tile[x.input[i] * kColumnBytes + b], code);
+      for (int s = 0; s < kPlanes; ++s) out[s * kColumnBytes + b] += code[s] * x.value[i];
+    }
+}
+
 int64_t dot_rounds(int64_t rounds) {
   volatile int8_t q = 3;
   volatile uint8_t code = 2;
@@ -133,6 +156,8 @@ Kernel scalar_kernel() {
            unpack_panel<Layout::kInt4>, unpack_panel<Layout::kInt8>},
           panel_product,
           panel_product,
+          find_nonzero,
+          {column_product<Layout::kTernary2>, column_product<Layout::kTernary16>, nullptr, nullptr},
           dot_rounds,
           read_all,
           1,   // row blocks of a panel

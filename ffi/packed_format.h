@@ -28,6 +28,11 @@
 //                                 [NB] [KB/4] [16] hold one integer for each row and each group of
 //                                 32 inputs. |w * multiplier| <= 120: int4 is a compressed int8.
 //
+// Columns: a ternary matrix once more, input by input, for products whose activations are mostly zero.
+//   buffer           uint8 [T = ceil(N / (64 * planes))] [K] [64 bytes]
+//   byte b of tile t and input k holds, for each plane s, the code of row t*64*planes + 64*s + b, as
+//   above; rows beyond N hold weight 0
+//
 // Why so: the 4 bytes of a row meet 4 consecutive activations, which is the operand shape of the
 // integer dot-product instructions of x86 and Arm. A 512-bit load is a block, a lane of 32 bits is a
 // row, so no sum runs across lanes, and a plane is reached by a mask or a table, without shuffles.
@@ -76,6 +81,17 @@ constexpr int64_t input_blocks_of(Layout layout, int64_t k) {
   const int64_t inputs = spec(layout).block_inputs() * unit;
   return (k + inputs - 1) / inputs * unit;
 }
+
+// Columns: bytes of an input in a tile, and the number of tiles that cover n rows.
+constexpr int kColumnBytes = 64;
+constexpr bool has_columns(Layout layout) {
+  return layout == Layout::kTernary2 || layout == Layout::kTernary16;
+}
+constexpr int64_t column_tiles_of(Layout layout, int64_t n) {
+  const int64_t rows = int64_t{kColumnBytes} * spec(layout).planes;
+  return (n + rows - 1) / rows;
+}
+constexpr int kMaxTileRows = kColumnBytes * 5;
 
 constexpr int kPowersOf3[5] = {1, 3, 9, 27, 81};
 

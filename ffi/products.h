@@ -38,7 +38,16 @@ namespace bitjax {
 // ---- layouts: a vector of packed bytes to planes -------------------------------------------------
 //
 // clean() gives codes, scaled() codes times a factor that differs by plane and costs less to reach;
-// unscale() divides sums by it, exactly, for they are multiples of it.
+// unscale_plane() divides a plane's sums by it, exactly, for they are multiples of it, and unscale()
+// adds all planes up.
+
+template <class Isa, template <class> class L>
+typename Isa::Sums unscale_planes(const typename Isa::Sums (&sum)[L<Isa>::kPlanes]) {
+  typename Isa::Sums total = L<Isa>::unscale_plane(sum[0], 0);
+  for (int s = 1; s < L<Isa>::kPlanes; ++s)
+    total = Isa::add(total, L<Isa>::unscale_plane(sum[s], s));
+  return total;
+}
 
 template <class Isa>
 struct Ternary2 {
@@ -60,10 +69,13 @@ struct Ternary2 {
     for (int s = 0; s < kPlanes; ++s)
       plane[s] = Isa::land(b, Isa::splat(static_cast<uint8_t>(3 << (2 * s))));
   }
-  static Sums unscale(const Sums (&sum)[kPlanes]) {
-    return Isa::add(Isa::add(sum[0], Isa::template sar<2>(sum[1])),
-                    Isa::add(Isa::template sar<4>(sum[2]), Isa::template sar<6>(sum[3])));
+  static Sums unscale_plane(Sums sum, int s) {
+    return s == 0   ? sum
+           : s == 1 ? Isa::template sar<2>(sum)
+           : s == 2 ? Isa::template sar<4>(sum)
+                    : Isa::template sar<6>(sum);
   }
+  static Sums unscale(const Sums (&sum)[kPlanes]) { return unscale_planes<Isa, Ternary2>(sum); }
 };
 
 // Digits are taken from the top: remainder<81> leaves 0..80 and the difference is 81 * digit. The
@@ -116,18 +128,13 @@ struct Ternary16 {
       digits(rest, plane);  // by 3^s
     }
   }
-  static Sums unscale(const Sums (&sum)[kPlanes]) {
+  static Sums unscale_plane(Sums sum, int s) {
+    if (Isa::kHasTritTable && s < 4) return Ternary2<Isa>::unscale_plane(sum, s);
     // Multiplying by the inverse of 3^s modulo 2^32 divides a multiple of 3^s.
-    const Sums top = Isa::mul32(sum[4], Isa::splat32(static_cast<int32_t>(0x781948B1U)));
-    if constexpr (Isa::kHasTritTable) {
-      return Isa::add(top, Ternary2<Isa>::unscale({sum[0], sum[1], sum[2], sum[3]}));
-    } else {
-      const Sums d1 = Isa::mul32(sum[1], Isa::splat32(static_cast<int32_t>(0xAAAAAAABU)));
-      const Sums d2 = Isa::mul32(sum[2], Isa::splat32(static_cast<int32_t>(0x38E38E39U)));
-      const Sums d3 = Isa::mul32(sum[3], Isa::splat32(static_cast<int32_t>(0x684BDA13U)));
-      return Isa::add(top, Isa::add(Isa::add(sum[0], d1), Isa::add(d2, d3)));
-    }
+    constexpr uint32_t kInverse[kPlanes] = {1, 0xAAAAAAABU, 0x38E38E39U, 0x684BDA13U, 0x781948B1U};
+    return s == 0 ? sum : Isa::mul32(sum, Isa::splat32(static_cast<int32_t>(kInverse[s])));
   }
+  static Sums unscale(const Sums (&sum)[kPlanes]) { return unscale_planes<Isa, Ternary16>(sum); }
 };
 
 template <class Isa>
@@ -147,9 +154,8 @@ struct Int4 {
     plane[0] = Isa::land(b, Isa::splat(0x0F));
     plane[1] = Isa::land(b, Isa::splat(0xF0));
   }
-  static Sums unscale(const Sums (&sum)[kPlanes]) {
-    return Isa::add(sum[0], Isa::template sar<4>(sum[1]));
-  }
+  static Sums unscale_plane(Sums sum, int s) { return s == 0 ? sum : Isa::template sar<4>(sum); }
+  static Sums unscale(const Sums (&sum)[kPlanes]) { return unscale_planes<Isa, Int4>(sum); }
 };
 
 template <class Isa>
@@ -513,6 +519,7 @@ int64_t dot_rounds(int64_t rounds) {
   return rounds * kChains * Isa::kLanes * kLaneBytes;
 }
 
+// Without products of columns: make_kernel's caller adds them where they pay.
 template <class Isa>
 Kernel make_kernel(const char* name, QuantizeRow<float> quantize_f32,
                    QuantizeRow<uint16_t> quantize_bf16) {
@@ -533,6 +540,8 @@ Kernel make_kernel(const char* name, QuantizeRow<float> quantize_f32,
            unpack_panel<Isa, Int8>},
           panel_product<Isa, 3>,
           panel_product<Isa, 255>,
+          nullptr,
+          {},
           dot_rounds<Isa>,
           read_all,
           Isa::kPanelBlocks,

@@ -51,7 +51,7 @@ class Standby {
 
   // Hides the loop; returns when no helper is inside it. Call it when the loop has nothing left to take.
   void withdraw() {
-    posted_.store(nullptr);
+    posted_.exchange(nullptr);  // not a store, which QEMU 7 lets later loads overtake
     while (inside_.load() != 0) spin_pause();
   }
 

@@ -162,6 +162,9 @@ def _call(
     multipliers = weights.multipliers
     if multipliers is None:
         multipliers = jnp.zeros((0, 0, 0), jnp.uint8)
+    columns = weights.columns
+    if columns is None:
+        columns = jnp.zeros((0, 0, 0), jnp.uint8)
     if norm is None:
         norm = jnp.zeros((0,), jnp.float32)
     residual_dtype = x.dtype if x.dtype != jnp.int8 else jnp.float32
@@ -174,7 +177,7 @@ def _call(
     )
     y = call(
         x.reshape(rows, features), weights.codes, multipliers, weights.scale.reshape(-1), norm,
-        residual, layout=np.int64(LAYOUTS[weights.layout].number), **attributes,
+        residual, columns, layout=np.int64(LAYOUTS[weights.layout].number), **attributes,
     )  # fmt: skip
     return y.reshape(*lead, weights.rows)
 

@@ -629,6 +629,68 @@ void test_bare_panels(const Kernel& kernel) {
         }
 }
 
+// ---- columns -----------------------------------------------------------------------------------
+
+// Tiles of random codes against sums written out, the listed inputs in any order, some twice.
+void check_columns(const Kernel& kernel, Layout layout, int64_t k, int64_t count, bool extreme) {
+  const int l = static_cast<int>(layout);
+  const int planes = kInputs[l] / 4;
+  std::vector<int> code(static_cast<size_t>(64 * planes * k));
+  std::vector<uint8_t> bytes(static_cast<size_t>(64 * k));
+  for (int s = 0, unit = 1; s < planes; ++s, unit *= kBase[l])
+    for (int64_t i = 0; i < 64 * k; ++i) {
+      const int c = extreme ? kHigh[l] + kOffset[l] : static_cast<int>(uniform(0, kBase[l] - 1));
+      code[static_cast<size_t>(s * 64 * k + i)] = c;
+      bytes[static_cast<size_t>(i)] = static_cast<uint8_t>(bytes[static_cast<size_t>(i)] + c * unit);
+    }
+  const Buffer<uint8_t> tile(bytes, odd());
+  const Buffer<int32_t> input(count, 0, odd());
+  const Buffer<int8_t> value(count, -128, odd());
+  for (int64_t i = 0; i < count; ++i) {
+    input.get()[i] = static_cast<int32_t>(uniform(0, k - 1));
+    if (!extreme) value.get()[i] = static_cast<int8_t>(uniform(-128, 127));
+  }
+  const Buffer<int32_t> out(64 * planes, 99, odd());
+  kernel.column_product[l](tile.get(), k, {input.get(), value.get(), count}, out.get());
+  bool ok = true;
+  for (int n = 0; n < 64 * planes; ++n) {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < count; ++i)
+      sum += value[i] * code[static_cast<size_t>(n / 64 * 64 * k + input[i] * 64 + n % 64)];
+    ok &= out[n] == sum;
+  }
+  check(kernel, ok, std::string("columns ") + spec(layout).name + " k=" + std::to_string(k) +
+                        " count=" + std::to_string(count));
+}
+
+void test_columns(const Kernel& kernel) {
+  if (kernel.find_nonzero == nullptr) return;
+  for (const Layout layout : {Layout::kTernary2, Layout::kTernary16})
+    for (const bool extreme : {false, true})
+      for (const int64_t k : {1, 3, 64, 700})
+        for (const int64_t count : {0, 4, 8, 60, 64, 68, 132, 1000})
+          check_columns(kernel, layout, k, count, extreme);
+  for (const int share : {0, 5, 50, 100})
+    for (const int64_t k : {0, 64, 128, 1984}) {
+      const Buffer<int8_t> q(k, 0, odd());
+      for (int64_t i = 0; i < k; ++i)
+        if (uniform(1, 100) <= share) q.get()[i] = static_cast<int8_t>(uniform(-128, 127));
+      const Buffer<int32_t> input(k, -1, odd());
+      const Buffer<int8_t> value(k, 55, odd());
+      const int64_t count = kernel.find_nonzero(q.get(), k, input.get(), value.get());
+      bool ok = true;
+      int64_t found = 0;
+      for (int64_t i = 0; i < k; ++i)
+        if (q[i] != 0) {
+          ok &= found < count && input[found] == i && value[found] == q[i];
+          ++found;
+        }
+      ok &= found == count;
+      for (int64_t i = found; i % 4 != 0; ++i) ok &= input[i] == 0 && value[i] == 0;
+      check(kernel, ok, "find_nonzero k=" + std::to_string(k) + " share=" + std::to_string(share));
+    }
+}
+
 // ---- products ----------------------------------------------------------------------------------
 
 void check_product(const std::vector<Kernel>& kernels, Layout layout, int64_t input_blocks,
@@ -1018,6 +1080,7 @@ int run() {
     test_rows(kernel);
     test_ceilings(kernel);
     test_bare_panels(kernel);
+    test_columns(kernel);
   }
   for (int layout = 0; layout < kLayoutCount; ++layout)
     test_products(kernels, static_cast<Layout>(layout));
