@@ -54,6 +54,8 @@ AttentionKernel avxvnni_attention();
 AttentionKernel avx512vnni_attention();
 AttentionKernel avx512vbmi_attention();
 AttentionKernel neon_attention();
+AttentionKernel dotprod_attention();
+AttentionKernel i8mm_attention();
 
 }  // namespace bitjax
 

@@ -61,19 +61,31 @@ bool cpu_has_avx512vnni() {
 
 #elif defined(__aarch64__) && defined(__linux__)
 
+#ifndef HWCAP2_I8MM  // headers older than Linux 5.7
+#define HWCAP2_I8MM (1 << 13)
+#endif
+
 bool cpu_has_dotprod() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
+
+[[maybe_unused]] bool cpu_has_i8mm() { return (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0; }
 
 #elif defined(__aarch64__) && defined(__APPLE__)
 
-bool cpu_has_dotprod() {
+bool has_feature(const char* name) {
   int value = 0;
   size_t size = sizeof value;
-  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &value, &size, nullptr, 0) == 0 && value != 0;
+  return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
 }
+
+bool cpu_has_dotprod() { return has_feature("hw.optional.arm.FEAT_DotProd"); }
+
+[[maybe_unused]] bool cpu_has_i8mm() { return has_feature("hw.optional.arm.FEAT_I8MM"); }
 
 #elif defined(__aarch64__)
 
-bool cpu_has_dotprod() { return false; }  // no way to ask is known here
+// No way to ask is known here.
+bool cpu_has_dotprod() { return false; }
+[[maybe_unused]] bool cpu_has_i8mm() { return false; }
 
 #endif
 
@@ -98,8 +110,14 @@ const std::vector<Entry>& entries() {
 #ifdef BITJAX_HAVE_AVX2
       {avx2_kernel(), avx2_attention(), cpu_has_avx2()},
 #endif
+#ifdef BITJAX_HAVE_I8MM
+      {i8mm_kernel(), i8mm_attention(), cpu_has_i8mm()},
+#endif
+#ifdef BITJAX_HAVE_DOTPROD
+      {dotprod_kernel(), dotprod_attention(), cpu_has_dotprod()},
+#endif
 #ifdef BITJAX_HAVE_NEON
-      {neon_kernel(), neon_attention(), cpu_has_dotprod()},
+      {neon_kernel(), neon_attention(), true},  // 64-bit Arm includes NEON
 #endif
       {scalar_kernel(), scalar_attention(), true},
   };

@@ -32,6 +32,8 @@ namespace bitjax {
 //   int8:                                    255 * 128                            32640 an input
 // so 2^18 inputs of ternary (1.61e9 < 2^31), 2^16 of int8 (2.14e9 < 2^31). For int4 valid
 // multipliers are at most 15 (15360 an input), and valid weights at most 120 after multiplying.
+// Kernels that sum in int16 first do so over spans that are exact for the codes of valid bytes and
+// for ternary2's value 3; other bytes that stand for no weight may wrap there, within these bounds.
 constexpr int64_t max_inputs(Layout layout) {
   return layout == Layout::kTernary2 || layout == Layout::kTernary16 ? int64_t{1} << 18
                                                                     : int64_t{1} << 16;
@@ -163,6 +165,8 @@ Kernel avxvnni_kernel();
 Kernel avx512vnni_kernel();
 Kernel avx512vbmi_kernel();
 Kernel neon_kernel();
+Kernel dotprod_kernel();
+Kernel i8mm_kernel();
 
 }  // namespace bitjax
 

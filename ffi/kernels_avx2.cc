@@ -12,7 +12,8 @@ namespace {
 constexpr int kLanes = 8;
 
 struct Avx2 : Ymm {
-  static constexpr int stream_vectors(int) { return 1; }
+  // Both halves of a block, for a few chains of additions, as long as the sums have registers.
+  static constexpr int stream_vectors(int m) { return m <= 2 ? 2 : 1; }
   static constexpr bool mask_in_place(int) { return false; }
 
   template <int max_code>
@@ -21,7 +22,12 @@ struct Avx2 : Ymm {
     static constexpr int64_t kSpan = 32767 / (2 * max_code * 128);
     static Narrow none() { return _mm256_setzero_si256(); }
     static Narrow dot(Narrow acc, Bytes codes, int32_t group) {
-      return _mm256_add_epi16(acc, _mm256_maddubs_epi16(codes, _mm256_set1_epi32(group)));
+      // Not the intrinsics: GCC 12 then makes many products before it adds any, and spills.
+      __m256i product;
+      asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"
+          : "+x"(acc), "=&x"(product)
+          : "x"(codes), "x"(_mm256_set1_epi32(group)));
+      return acc;
     }
     static Sums widen(Sums acc, Narrow narrow) {
       return _mm256_add_epi32(acc, _mm256_madd_epi16(narrow, _mm256_set1_epi16(1)));

@@ -1,89 +1,55 @@
-// NEON with the dot-product extension (Armv8.2 dotprod): a quarter of a block in a register.
+// NEON as every 64-bit Arm CPU has it: products in int16, sums in int32.
 //
-// SDOT multiplies signed bytes by signed bytes; codes below 128 are both. Those of int8 are not, and
-// give up their offset first: code - 128 is the weight, and 128 times the activations' sum is added
-// back. Differs from the scalar kernel only in the order of exact integer sums.
+// Differs from the scalar kernel only in the order of exact integer sums: SMLAL adds one product of
+// code and activation, of magnitude max_code * 128, to an int16 lane, which takes a span of them
+// before pairs of lanes are widened. int8 codes fill an int16 at once and are widened one by one.
 
-#include <arm_neon.h>
-
-#include "products.h"
+#include "neon.h"
 
 namespace bitjax {
 namespace {
 
 constexpr int kLanes = 4;
 
-struct Neon {
-  using Bytes = uint8x16_t;
-  using Sums = int32x4_t;
-  static constexpr int kLanes = 4;
-  // 6 rows x 4 vectors: 24 accumulators, 4 vectors of codes and a broadcast, of 32 registers.
-  static constexpr int kPanelBlocks = 1;
-  static constexpr int kTileVectors = 4;
-  static constexpr int kTileRows = 6;
-  static constexpr int kFewRows = 4;
-  static constexpr int64_t kStreamedRows = 4;
-  static constexpr int stream_blocks(int) { return 1; }
-  static constexpr bool multiply_first(int) { return false; }
-  static constexpr int stream_vectors(int) { return 4; }
-  static constexpr bool mask_in_place(int) { return false; }
-
-  static Bytes load(const uint8_t* p) { return vld1q_u8(p); }
-  static void store(uint8_t* p, Bytes b) { vst1q_u8(p, b); }
-  static Bytes splat(uint8_t b) { return vdupq_n_u8(b); }
-  static Bytes land(Bytes a, Bytes b) { return vandq_u8(a, b); }
-  static Bytes sub(Bytes a, Bytes b) { return vsubq_u8(a, b); }
-  static Bytes add_bytes(Bytes a, Bytes b) { return vaddq_u8(a, b); }
-  static Bytes umin(Bytes a, Bytes b) { return vminq_u8(a, b); }
-  template <int n>
-  static Bytes shr(Bytes a) {
-    return vshrq_n_u8(a, n);
-  }
-  static Bytes mul_bytes(Bytes a, Bytes b) { return vmulq_u8(a, b); }
-  static Bytes repeat_lane_bytes(const uint8_t* p) {
-    const uint32x4_t lanes = vreinterpretq_u32_s32(load_lane_bytes(p));
-    return vreinterpretq_u8_u32(vmulq_n_u32(lanes, 0x01010101U));
-  }
-
-  static Sums splat32(int32_t x) { return vdupq_n_s32(x); }
-  static Sums add(Sums a, Sums b) { return vaddq_s32(a, b); }
-  static Sums mul32(Sums a, Sums b) { return vmulq_s32(a, b); }
-  template <int n>
-  static Sums sar(Sums a) {
-    return vshrq_n_s32(a, n);
-  }
-  static Sums load_sums(const int32_t* p) { return vld1q_s32(p); }
-  static void store_sums(int32_t* p, Sums a) { vst1q_s32(p, a); }
-  static Sums load_lane_bytes(const uint8_t* p) {
-    uint32_t four;
-    __builtin_memcpy(&four, p, sizeof four);
-    const uint16x8_t wide = vmovl_u8(vcreate_u8(four));
-    return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(wide)));
-  }
-
-  static constexpr bool kHasTritTable = false;
-  static Bytes trit_of_multiple(Bytes b) {
-    return vqtbl1q_u8(vld1q_u8(kNibbleTrits), vandq_u8(b, vdupq_n_u8(15)));
-  }
+struct Neon : NeonVectors {
+  // Sums take two registers each. 3 rows x 4 vectors: 24 registers, 4 of codes and a broadcast, of
+  // 32; a stream's planes take more.
+  static constexpr int kTileRows = 3;
+  static constexpr int stream_vectors(int m) { return m == 1 ? 4 : m == 2 ? 2 : 1; }
 
   template <int max_code>
   struct Dot {
-    using Narrow = Sums;
-    static constexpr int64_t kSpan = int64_t{1} << 40;
-    static Narrow none() { return vdupq_n_s32(0); }
+    using Narrow = int16x8x2_t;  // two lanes a row, each the sum of two of its four products
+    static constexpr int64_t kSpan = 32767 / (max_code * 128);
+    static Narrow none() { return {{vdupq_n_s16(0), vdupq_n_s16(0)}}; }
     static Narrow dot(Narrow acc, Bytes codes, int32_t group) {
       const int8x16_t q = vreinterpretq_s8_s32(vdupq_n_s32(group));
-      if constexpr (max_code < 128) {
-        return vdotq_s32(acc, vreinterpretq_s8_u8(codes), q);
-      } else {
-        const int8x16_t w = vreinterpretq_s8_u8(veorq_u8(codes, vdupq_n_u8(128)));
-        const int8x16_t half = vdupq_n_s8(64);
-        acc = vdotq_s32(acc, w, q);
-        return vdotq_s32(vdotq_s32(acc, half, q), half, q);
-      }
+      const int8x16_t w = vreinterpretq_s8_u8(codes);
+      return {{vmlal_s8(acc.val[0], vget_low_s8(w), vget_low_s8(q)),
+               vmlal_high_s8(acc.val[1], w, q)}};
     }
-    static Sums widen(Sums acc, Narrow narrow) { return vaddq_s32(acc, narrow); }
+    static Sums widen(Sums acc, Narrow narrow) {
+      return vaddq_s32(acc, vpaddq_s32(vpaddlq_s16(narrow.val[0]), vpaddlq_s16(narrow.val[1])));
+    }
   };
+};
+
+// SMLAL takes signed bytes: code * q = (code - 128) * q + 128 * q, at most 255 * 128 < 2^15.
+template <>
+struct Neon::Dot<255> {
+  using Narrow = int32x4x2_t;  // each of a row's two lanes sums two of its four products
+  static constexpr int64_t kSpan = int64_t{1} << 40;
+  static Narrow none() { return {{vdupq_n_s32(0), vdupq_n_s32(0)}}; }
+  static Narrow dot(Narrow acc, Bytes codes, int32_t group) {
+    const int8x16_t q = vreinterpretq_s8_s32(vdupq_n_s32(group));
+    const int8x16_t w = vreinterpretq_s8_u8(veorq_u8(codes, vdupq_n_u8(128)));
+    const int16x8_t offset = vshll_n_s8(vget_low_s8(q), 7);  // the same four, twice
+    return {{vpadalq_s16(acc.val[0], vmlal_s8(offset, vget_low_s8(w), vget_low_s8(q))),
+             vpadalq_s16(acc.val[1], vmlal_high_s8(offset, w, q))}};
+  }
+  static Sums widen(Sums acc, Narrow narrow) {
+    return vaddq_s32(acc, vpaddq_s32(narrow.val[0], narrow.val[1]));
+  }
 };
 
 float32x4_t load(const float* x) { return vld1q_f32(x); }

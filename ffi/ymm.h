@@ -13,10 +13,11 @@ struct Ymm {
   using Bytes = __m256i;
   using Sums = __m256i;
   static constexpr int kLanes = 8;
-  // 3 rows x 4 vectors: 12 accumulators, a vector of codes and 3 broadcasts are the 16 registers.
+  // 6 rows x 2 vectors: 12 accumulators, 2 vectors of codes, a broadcast and a product are the 16
+  // registers.
   static constexpr int kPanelBlocks = 2;
-  static constexpr int kTileVectors = 4;
-  static constexpr int kTileRows = 3;
+  static constexpr int kTileVectors = 2;
+  static constexpr int kTileRows = 6;
   static constexpr int kFewRows = 4;
   static constexpr int64_t kStreamedRows = 4;
   static constexpr int stream_blocks(int) { return 1; }

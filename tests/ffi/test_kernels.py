@@ -32,6 +32,7 @@ SHAPES = [(m, 5 + 3 * m, 17 + 7 * m) for m in range(13)]
 SHAPES += [(1, 1, 1), (2, 16, 16), (1, 15, 31), (3, 17, 33), (4, 48, 160), (9, 64, 64)]
 SHAPES += [(6, 65, 20), (5, 31, 513), (13, 80, 1025), (19, 33, 500), (128, 19, 41), (129, 50, 65)]
 SHAPES += [(300, 130, 77), (70, 260, 300), (2, 1040, 1100), (1, 2100, 551)]
+SHAPES += [(65, 18, 40), (127, 33, 65), (257, 17, 82)]  # around powers of two
 
 
 @pytest.fixture(params=KERNELS)
@@ -139,7 +140,7 @@ def extremes(layout, k):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("m", [1, 3, 7])
+@pytest.mark.parametrize("m", [1, 3, 65])
 @pytest.mark.parametrize("value", [-128, -127, 0, 127])
 def test_integer_extremes(kernel, value, layout, m):
     k = 16 * 23  # beyond the blocks that an int16 accumulator holds
