@@ -23,6 +23,7 @@ from typing import Any, Literal, TypeVar
 WeightQuantizer = Literal["ternary", "binary", "float"]
 ActivationQuantizer = Literal["int8", "float"]
 DType = Literal["float32", "bfloat16"]
+CacheDType = Literal["float32", "bfloat16", "int8"]
 C = TypeVar("C")
 
 

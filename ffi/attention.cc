@@ -3,6 +3,10 @@
 
 #include "attention.h"
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #include "rows.h"
 
 namespace bitjax {
@@ -18,6 +22,21 @@ constexpr int kVectors = 1;
 
 constexpr float kLowest = -3.4028235e38F;
 
+// How far ahead memory is asked for: two pages, for the hardware's own prefetcher stops at the end of
+// one. Past the end of a split lies what its thread reads next.
+constexpr int kPrefetchBytes = 8192;
+constexpr int kLine = 64;  // bytes of a cache line, one request each
+
+// Asks for the lines of memory that lie `bytes` and more from p, `count` bytes of them.
+inline void prefetch(const void* p, int count) {
+  for (int i = 0; i < count; i += kLine)
+    __builtin_prefetch(static_cast<const char*>(p) + kPrefetchBytes + i);
+}
+
+typedef int8_t Bytes32 __attribute__((vector_size(32)));
+typedef int16_t Shorts32 __attribute__((vector_size(64)));
+typedef int32_t Ints16 __attribute__((vector_size(64)));
+
 inline void load_vector(const float* p, Float16* v) { load_floats(p, v); }
 
 inline void load_vector(const uint16_t* p, Float16* v) {
@@ -29,130 +48,321 @@ inline void load_vector(const uint16_t* p, Float16* v) {
   __builtin_memcpy(v, &wide, sizeof *v);
 }
 
+inline void load_pairs(const int8_t* p, Shorts32* v) {
+  Bytes32 narrow;
+  __builtin_memcpy(&narrow, p, sizeof narrow);
+#ifdef __AVX512BW__
+  __m256i bytes;  // GCC 12 converts half by half
+  __builtin_memcpy(&bytes, &narrow, sizeof bytes);
+  const __m512i wide = _mm512_cvtepi8_epi16(bytes);
+  __builtin_memcpy(v, &wide, sizeof *v);
+#else
+  *v = __builtin_convertvector(narrow, Shorts32);
+#endif
+}
+
+// sum_l += x_2l * pair_0 + x_2l+1 * pair_1, a pair being two int16 in the bits of an int32.
+inline void add_pair_products(const Shorts32& x, const int32_t pair, Ints16* sum) {
+#if defined(__AVX512VNNI__)
+  // Not the intrinsic: GCC 12 copies its accumulator to another register and back.
+  asm("vpdpwssd %2, %1, %0" : "+v"(*sum) : "v"(x), "v"(Ints16{} + pair));
+#elif defined(__AVX2__)
+  __m256i half[2];
+  __m256i total[2];
+  __builtin_memcpy(half, &x, sizeof half);
+  __builtin_memcpy(total, sum, sizeof total);
+  for (int i = 0; i < 2; ++i)
+    total[i] = _mm256_add_epi32(total[i], _mm256_madd_epi16(half[i], _mm256_set1_epi32(pair)));
+  __builtin_memcpy(sum, total, sizeof total);
+#else
+  Ints16 both;
+  int16_t factor[2];
+  __builtin_memcpy(&both, &x, sizeof both);
+  __builtin_memcpy(factor, &pair, sizeof factor);
+  *sum += (both << 16 >> 16) * factor[0] + (both >> 16) * factor[1];  // little-endian
+#endif
+}
+
 inline float largest(const Float16& v) {
-  float lane[kFloats];
-  store_floats(lane, v);
-  for (int half = kFloats / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
-  return lane[0];
+  return fold(v, [](const auto& a, const auto& b) { return a > b ? a : b; });
 }
 
-// score[i][0..64) = q_i . k_s of the slots from `slot` on.
+// What differs by the cache's type, for M rows:
+//
+//   scores   score[i][slot - first ..] = q_i . k_s for the kStepSlots slots from `slot` on
+//   mix      out_i += sum_s weight[i][s - first] v_s over `slots` slots
+//
+// score and weight are rows of kSplitSlots.
 template <typename T, int M>
-inline void scores(const float* q, int h, const T* keys, int64_t slot, float (*score)[kStepSlots]) {
-  for (int c = 0; c < kStepSlots / kKeyBlock; c += kVectors) {
-    const T* k = keys + (slot / kKeyBlock + c) * h * kKeyBlock;
-    Float16 acc[M][kVectors] = {};
-    for (int d = 0; d < h; ++d) {
-      Float16 key[kVectors];
-      for (int v = 0; v < kVectors; ++v)
-        load_vector(k + (static_cast<int64_t>(v) * h + d) * kKeyBlock, &key[v]);
+class Rows {
+ public:
+  Rows(const float* q, int h) : q_(q), h_(h) {}
+
+  void scores(const HeadCache<T>& cache, int64_t slot, float* score) const {
+    const T* block = cache.keys + slot * h_;
+    for (int c = 0; c < kStepSlots; c += kVectors * kFloats) {
+      Float16 acc[M][kVectors] = {};
+      for (int d = 0; d < h_; ++d) {
+        const T* k = block + d * kStepSlots + c;
+        prefetch(k, kVectors * kFloats * sizeof(T));
+        Float16 key[kVectors];
+        for (int v = 0; v < kVectors; ++v) load_vector(k + v * kFloats, &key[v]);
+        for (int i = 0; i < M; ++i)
+          for (int v = 0; v < kVectors; ++v) acc[i][v] += q_[i * h_ + d] * key[v];
+      }
       for (int i = 0; i < M; ++i)
-        for (int v = 0; v < kVectors; ++v) acc[i][v] += q[i * h + d] * key[v];
+        for (int v = 0; v < kVectors; ++v)
+          store_floats(score + i * kSplitSlots + c + v * kFloats, acc[i][v]);
+    }
+  }
+
+  void mix(const HeadCache<T>& cache, int64_t slot, int slots, const float* weight, float* out) const {
+    // So many slots at a time as fill 64 bytes of each dimension: what is asked for ahead is beyond.
+    constexpr int kChunk = kLine / sizeof(T);
+    for (int s = 0; s < slots; s += kChunk) {
+      const T* values = cache.values + (slot + s) * h_;
+      const int count = slots - s < kChunk ? slots - s : kChunk;
+      const float* w = weight + s;
+      int d = 0;
+      for (; d + kVectors * kFloats <= h_; d += kVectors * kFloats)
+        mix_vectors<kVectors>(values + d, values + d * kChunk, count, w, out + d);
+      for (; d < h_; d += kFloats) mix_vectors<1>(values + d, values + d * kChunk, count, w, out + d);
+    }
+  }
+
+ private:
+  template <int V>
+  void mix_vectors(const T* values, const T* ahead, int slots, const float* weight, float* out) const {
+    Float16 acc[M][V];
+    for (int i = 0; i < M; ++i)
+      for (int v = 0; v < V; ++v) load_floats(out + i * h_ + v * kFloats, &acc[i][v]);
+    for (int s = 0; s < slots; ++s) {
+      Float16 value[V];
+      const T* from = values + static_cast<int64_t>(s) * h_;
+      prefetch(ahead, V * kFloats * sizeof(T));
+      ahead += V * kFloats;
+      for (int v = 0; v < V; ++v) load_vector(from + v * kFloats, &value[v]);
+      for (int i = 0; i < M; ++i)
+        for (int v = 0; v < V; ++v) acc[i][v] += weight[i * kSplitSlots + s] * value[v];
     }
     for (int i = 0; i < M; ++i)
-      for (int v = 0; v < kVectors; ++v) store_floats(score[i] + (c + v) * kKeyBlock, acc[i][v]);
+      for (int v = 0; v < V; ++v) store_floats(out + i * h_ + v * kFloats, acc[i][v]);
+  }
+
+  const float* const q_;
+  const int h_;
+};
+
+// Products of int16 and int8 in int32, exact: 32767 * 127 * 512 < 2^31 for a query's dimensions, and
+// a step's slots are fewer.
+template <int M>
+class Rows<int8_t, M> {
+ public:
+  Rows(const float* q, int h) : h_(h) {
+    for (int i = 0; i < M; ++i) {
+      Float16 top = {};
+      Float16 poison = {};
+      for (int d = 0; d < h; d += kFloats) {
+        Float16 x;
+        load_floats(q + i * h + d, &x);
+        x = x < 0 ? -x : x;
+        top = top > x ? top : x;
+        poison += x * 0.0F;
+      }
+      const float step = step_of(largest(top));
+      for (int d = 0; d < h; d += kFloats) {
+        Float16 x;
+        load_floats(q + i * h + d, &x);
+        store_shorts(x * (1.0F / step), q_ + i * kMaxHeadDim + d);
+      }
+      step_[i] = step + fold(poison);
+    }
+  }
+
+  void scores(const HeadCache<int8_t>& cache, int64_t slot, float* score) const {
+    const int8_t* block = cache.keys + slot * h_;
+    for (int c = 0; c < kStepSlots; c += kVectors * kFloats) {
+      Ints16 acc[M][kVectors] = {};
+      for (int d = 0; d < h_; d += 2) {
+        const int8_t* k = block + d * kStepSlots + 2 * c;
+        prefetch(k, 2 * kVectors * kFloats);
+        Shorts32 key[kVectors];
+        for (int v = 0; v < kVectors; ++v) load_pairs(k + 2 * v * kFloats, &key[v]);
+        for (int i = 0; i < M; ++i) {
+          const int32_t pair = pair_at(q_ + i * kMaxHeadDim + d);
+          for (int v = 0; v < kVectors; ++v) add_pair_products(key[v], pair, &acc[i][v]);
+        }
+      }
+      for (int v = 0; v < kVectors; ++v) {
+        Float16 scale;
+        load_vector(cache.key_scale + slot + c + v * kFloats, &scale);
+        for (int i = 0; i < M; ++i)
+          store_floats(score + i * kSplitSlots + c + v * kFloats,
+                       __builtin_convertvector(acc[i][v], Float16) * (scale * step_[i]));
+      }
+    }
+  }
+
+  // Weights times the values' scales are rounded to 15 bits of the largest of the step.
+  void mix(const HeadCache<int8_t>& cache, int64_t slot, int, const float* weight, float* out) const {
+    int16_t codes[M][kStepSlots];
+    float step[M];
+    for (int i = 0; i < M; ++i) {
+      Float16 scaled[kStepSlots / kFloats];
+      Float16 top = {};
+      Float16 poison = {};
+      for (int v = 0; v < kStepSlots / kFloats; ++v) {
+        Float16 w;
+        load_floats(weight + i * kSplitSlots + v * kFloats, &w);
+        load_vector(cache.value_scale + slot + v * kFloats, &scaled[v]);
+        scaled[v] = w > 0 ? w * scaled[v] : Float16{};  // a slot that is not seen may hold a NaN
+        top = top > scaled[v] ? top : scaled[v];
+        poison += scaled[v] * 0.0F;
+      }
+      step[i] = step_of(largest(top));
+      for (int v = 0; v < kStepSlots / kFloats; ++v)
+        store_shorts(scaled[v] * (1.0F / step[i]), codes[i] + v * kFloats);
+      step[i] += fold(poison);
+    }
+    const int8_t* values = cache.values + slot * h_;
+    int d = 0;
+    for (; d + kVectors * kFloats <= h_; d += kVectors * kFloats)
+      mix_vectors<kVectors>(values + 2 * d, values + d * kStepSlots, codes, step, out + d);
+    for (; d < h_; d += kFloats) mix_vectors<1>(values + 2 * d, values + d * kStepSlots, codes, step, out + d);
+  }
+
+ private:
+  // The step of 15-bit codes for numbers up to `absmax`; its inverse is finite.
+  static float step_of(float absmax) {
+    constexpr float kSmallest = 0x1p-100F;
+    return (absmax > kSmallest ? absmax : kSmallest) / 32767.0F;
+  }
+
+  // Rounds to the nearest integer; |x| < 32768.
+  static void store_shorts(const Float16& x, int16_t* codes) {
+    typedef int16_t Shorts16 __attribute__((vector_size(32)));
+    const Float16 shifted = x + 12582912.0F;  // 1.5 * 2^23: the low bits are the integer
+    Ints16 bits;
+    __builtin_memcpy(&bits, &shifted, sizeof bits);
+    const Shorts16 low = __builtin_convertvector(bits, Shorts16);
+    __builtin_memcpy(codes, &low, sizeof low);
+  }
+
+  static int32_t pair_at(const int16_t* p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, sizeof pair);
+    return pair;
+  }
+
+  template <int V>
+  void mix_vectors(const int8_t* values, const int8_t* ahead, const int16_t (*codes)[kStepSlots],
+                   const float* step, float* out) const {
+    Ints16 acc[M][V] = {};
+    for (int s = 0; s < kStepSlots; s += 2) {
+      Shorts32 value[V];
+      const int8_t* from = values + static_cast<int64_t>(s) * h_;
+      prefetch(ahead, 2 * V * kFloats);
+      ahead += 2 * V * kFloats;
+      for (int v = 0; v < V; ++v) load_pairs(from + 2 * v * kFloats, &value[v]);
+      for (int i = 0; i < M; ++i) {
+        const int32_t pair = pair_at(codes[i] + s);
+        for (int v = 0; v < V; ++v) add_pair_products(value[v], pair, &acc[i][v]);
+      }
+    }
+    for (int i = 0; i < M; ++i)
+      for (int v = 0; v < V; ++v) {
+        Float16 sum;
+        load_floats(out + i * h_ + v * kFloats, &sum);
+        sum += __builtin_convertvector(acc[i][v], Float16) * step[i];
+        store_floats(out + i * h_ + v * kFloats, sum);
+      }
+  }
+
+  int16_t q_[M * kMaxHeadDim];
+  float step_[M];
+  const int h_;
+};
+
+// Which of the lanes are among the first n.
+inline Ints16 first_lanes(int64_t n) {
+  Ints16 lane;
+  for (int i = 0; i < kFloats; ++i) lane[i] = i;
+  return lane < static_cast<int32_t>(n < kFloats ? n : kFloats);
+}
+
+// Joins a step's scores, the first `visible` of them, to the row's maximum in each lane, and to a
+// poison: NaN if a score is NaN or infinite, else 0, for comparisons lose NaNs.
+inline void join_scores(const float* score, int64_t visible, Float16* top, Float16* poison) {
+  for (int s = 0; s < kStepSlots && s < visible; s += kFloats) {
+    Float16 x;
+    load_floats(score + s, &x);
+    x = first_lanes(visible - s) ? x : *top;
+    *top = *top > x ? *top : x;
+    *poison += x * 0.0F;
   }
 }
 
-// out_i = out_i * keep_i + sum_s weight[i][s] v_s over `slots` slots, for V vectors of dimensions.
-template <typename T, int M, int V>
-inline void mix_vectors(const float (*weight)[kStepSlots], const float* keep, int h,
-                        const T* values, int slots, float* out) {
-  Float16 acc[M][V];
-  for (int i = 0; i < M; ++i)
-    for (int v = 0; v < V; ++v) {
-      load_floats(out + i * h + v * kFloats, &acc[i][v]);
-      acc[i][v] *= keep[i];
+// A step's scores to weights, e^(score - maximum), the first `visible` of them, else 0; adds them up.
+inline void weigh(float* score, int64_t visible, float maximum, Float16* sum) {
+  for (int s = 0; s < kStepSlots; s += kFloats) {
+    Float16 x = {};
+    if (s < visible) {
+      load_floats(score + s, &x);
+      x -= maximum;
+      exponential(&x);
+      x = first_lanes(visible - s) ? x : Float16{};
+      *sum += x;
     }
-  for (int s = 0; s < slots; ++s) {
-    Float16 value[V];
-    for (int v = 0; v < V; ++v)
-      load_vector(values + static_cast<int64_t>(s) * h + v * kFloats, &value[v]);
-    for (int i = 0; i < M; ++i)
-      for (int v = 0; v < V; ++v) acc[i][v] += weight[i][s] * value[v];
+    store_floats(score + s, x);
   }
-  for (int i = 0; i < M; ++i)
-    for (int v = 0; v < V; ++v) store_floats(out + i * h + v * kFloats, acc[i][v]);
 }
 
+// Two passes over the slots: scores and their maximum, then weights and the mix.
 template <typename T, int M>
-inline void mix(const float (*weight)[kStepSlots], const float* keep, int h, const T* values,
-                int slots, float* out) {
-  int d = 0;
-  for (; d + kVectors * kFloats <= h; d += kVectors * kFloats)
-    mix_vectors<T, M, kVectors>(weight, keep, h, values + d, slots, out + d);
-  for (; d < h; d += kFloats) mix_vectors<T, M, 1>(weight, keep, h, values + d, slots, out + d);
-}
-
-template <typename T, int M>
-void attend_rows(const float* q, const int64_t* position, int h, const T* keys, const T* values,
+void attend_rows(const float* q, const int64_t* position, int h, const HeadCache<T>& cache,
                  int64_t first, int64_t last, Partial* partial, float* out) {
-  float score[M][kStepSlots];
-  for (int i = 0; i < M; ++i) partial[i] = {kLowest, 0};
+  const Rows<T, M> rows(q, h);
+  alignas(64) float score[M * kSplitSlots];
+  Float16 top[M];
+  Float16 sum[M];
+  for (int i = 0; i < M; ++i) {
+    top[i] = Float16{} + kLowest;
+    sum[i] = Float16{};
+  }
+  for (int64_t slot = first; slot < last; slot += kStepSlots) {
+    float* step = score + (slot - first);
+    rows.scores(cache, slot, step);
+    for (int i = 0; i < M; ++i)
+      join_scores(step + i * kSplitSlots, position[i] + 1 - slot, &top[i], &sum[i]);
+  }
+  for (int i = 0; i < M; ++i) partial[i].maximum = largest(top[i]);
   for (int64_t i = 0; i < static_cast<int64_t>(M) * h; ++i) out[i] = 0;
   for (int64_t slot = first; slot < last; slot += kStepSlots) {
-    scores<T, M>(q, h, keys, slot, score);
-    float keep[M];
-    for (int i = 0; i < M; ++i) {
-      const int64_t visible = position[i] + 1 - slot;
-      if (visible <= 0) {
-        for (float& s : score[i]) s = 0;
-        keep[i] = 1;
-        continue;
-      }
-      for (int64_t s = visible; s < kStepSlots; ++s) score[i][s] = kLowest;
-      Float16 step[kStepSlots / kFloats];
-      Float16 top = {};
-      Float16 poison = {};  // NaN if a score is NaN or infinite, else 0: comparisons lose NaNs
-      for (int v = 0; v < kStepSlots / kFloats; ++v) {
-        load_floats(score[i] + v * kFloats, &step[v]);
-        if (v == 0) top = step[0];
-        top = top > step[v] ? top : step[v];
-        poison += step[v] * 0.0F;
-      }
-      const float seen = largest(top);
-      const float maximum = seen > partial[i].maximum ? seen : partial[i].maximum;
-      Float16 shrink = Float16{} + (partial[i].maximum - maximum);
-      exponential(&shrink);
-      keep[i] = partial[i].total == 0 ? 0 : shrink[0];
-      Float16 sum = poison;
-      for (int v = 0; v < kStepSlots / kFloats; ++v) {
-        step[v] -= maximum;
-        exponential(&step[v]);
-        store_floats(score[i] + v * kFloats, step[v]);
-      }
-      for (int64_t s = visible; s < kStepSlots; ++s) score[i][s] = 0;
-      for (int v = 0; v < kStepSlots / kFloats; ++v) {
-        Float16 weight;
-        load_floats(score[i] + v * kFloats, &weight);
-        sum += weight;
-      }
-      partial[i].total = partial[i].total * keep[i] + fold(sum);
-      partial[i].maximum = maximum;
-    }
+    float* step = score + (slot - first);
+    for (int i = 0; i < M; ++i)
+      weigh(step + i * kSplitSlots, position[i] + 1 - slot, partial[i].maximum, &sum[i]);
     const int64_t left = last - slot;
-    mix<T, M>(score, keep, h, values + slot * h,
-              static_cast<int>(left < kStepSlots ? left : kStepSlots), out);
+    rows.mix(cache, slot, static_cast<int>(left < kStepSlots ? left : kStepSlots), step, out);
   }
+  for (int i = 0; i < M; ++i) partial[i].total = fold(sum[i]);
 }
 
 template <typename T>
-void attend(const float* q, const int64_t* position, int m, int h, const T* keys, const T* values,
+void attend(const float* q, const int64_t* position, int m, int h, const HeadCache<T>& cache,
             int64_t first, int64_t last, Partial* partial, float* out) {
   switch (m) {
-    case 1: return attend_rows<T, 1>(q, position, h, keys, values, first, last, partial, out);
-    case 2: return attend_rows<T, 2>(q, position, h, keys, values, first, last, partial, out);
-    case 3: return attend_rows<T, 3>(q, position, h, keys, values, first, last, partial, out);
-    case 4: return attend_rows<T, 4>(q, position, h, keys, values, first, last, partial, out);
-    case 5: return attend_rows<T, 5>(q, position, h, keys, values, first, last, partial, out);
-    default: return attend_rows<T, 6>(q, position, h, keys, values, first, last, partial, out);
+    case 1: return attend_rows<T, 1>(q, position, h, cache, first, last, partial, out);
+    case 2: return attend_rows<T, 2>(q, position, h, cache, first, last, partial, out);
+    case 3: return attend_rows<T, 3>(q, position, h, cache, first, last, partial, out);
+    case 4: return attend_rows<T, 4>(q, position, h, cache, first, last, partial, out);
+    case 5: return attend_rows<T, 5>(q, position, h, cache, first, last, partial, out);
+    default: return attend_rows<T, 6>(q, position, h, cache, first, last, partial, out);
   }
 }
 static_assert(kAttentionRows == 6, "attend has a case for every number of rows");
 
 }  // namespace
 
-AttentionKernel BITJAX_ATTENTION() { return {attend<float>, attend<uint16_t>}; }
+AttentionKernel BITJAX_ATTENTION() { return {attend<float>, attend<uint16_t>, attend<int8_t>}; }
 
 }  // namespace bitjax

@@ -125,7 +125,8 @@ const std::vector<Entry>& entries() {
 }
 
 constexpr size_t kMaxKernels = 8;
-std::atomic<uint64_t> calls[kMaxKernels];  // parallel to entries()
+std::atomic<uint64_t> product_count[kMaxKernels];    // parallel to entries()
+std::atomic<uint64_t> attention_count[kMaxKernels];  // likewise
 std::atomic<const Kernel*> forced{nullptr};
 
 std::vector<std::string> names(bool supported_only) {
@@ -138,6 +139,13 @@ std::vector<std::string> names(bool supported_only) {
 std::string join(const std::vector<std::string>& parts) {
   std::string result;
   for (const std::string& part : parts) result += (result.empty() ? "" : ", ") + part;
+  return result;
+}
+
+std::vector<std::pair<std::string, uint64_t>> counts(const std::atomic<uint64_t>* count) {
+  std::vector<std::pair<std::string, uint64_t>> result;
+  for (size_t i = 0; i < entries().size(); ++i)
+    result.emplace_back(entries()[i].kernel.name, count[i].load(std::memory_order_relaxed));
   return result;
 }
 
@@ -185,14 +193,17 @@ void force_kernel(const std::string& name) {
 
 void count_call(const Kernel& kernel) {
   for (size_t i = 0; i < entries().size(); ++i)
-    if (&entries()[i].kernel == &kernel) calls[i].fetch_add(1, std::memory_order_relaxed);
+    if (&entries()[i].kernel == &kernel) product_count[i].fetch_add(1, std::memory_order_relaxed);
 }
 
-std::vector<std::pair<std::string, uint64_t>> kernel_calls() {
-  std::vector<std::pair<std::string, uint64_t>> result;
+void count_call(const AttentionKernel& kernel) {
   for (size_t i = 0; i < entries().size(); ++i)
-    result.emplace_back(entries()[i].kernel.name, calls[i].load(std::memory_order_relaxed));
-  return result;
+    if (&entries()[i].attention == &kernel)
+      attention_count[i].fetch_add(1, std::memory_order_relaxed);
 }
+
+std::vector<std::pair<std::string, uint64_t>> kernel_calls() { return counts(product_count); }
+
+std::vector<std::pair<std::string, uint64_t>> attention_calls() { return counts(attention_count); }
 
 }  // namespace bitjax

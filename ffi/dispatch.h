@@ -31,9 +31,11 @@ const AttentionKernel& active_attention();
 // Throws std::invalid_argument, and changes nothing, when the kernel is unknown or unsupported.
 void force_kernel(const std::string& name);
 
-// How many products each compiled kernel has run in this process.
+// How many products, and how many calls of attention, each compiled kernel has run in this process.
 void count_call(const Kernel& kernel);
+void count_call(const AttentionKernel& kernel);
 std::vector<std::pair<std::string, uint64_t>> kernel_calls();
+std::vector<std::pair<std::string, uint64_t>> attention_calls();
 
 }  // namespace bitjax
 

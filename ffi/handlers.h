@@ -14,7 +14,7 @@ struct Registration {
 };
 
 extern const Registration kMatmulRegistrations[2];
-extern const Registration kAttentionRegistrations[1];
+extern const Registration kAttentionRegistrations[2];
 
 }  // namespace bitjax
 

@@ -6,9 +6,14 @@
 //     qkv f32|bf16   [B, T, H + 2G, h]    queries, keys and values of the new tokens
 //     turn f32       [B, T, h]            cosines (h/2), then sines of each token's rotary angles
 //     positions s32  [B, T]               slot of each new token
-//     keys T         [B, G, S/16, h, 16]  T = f32|bf16; attention.h has the layout
+//     keys T         [B, G, S/64, h, 64]  T = f32|bf16; attention.h has the layout
 //     values T       [B, G, S, h]
 //     -> mixed as qkv [B, T, H * h]; keys and values, updated in place
+//
+//   bitjax_attention_int8: likewise, with a cache of
+//     keys s8        [B, G, S/64, h/2, 64, 2]
+//     values s8      [B, G, S/2, h, 2]
+//     scales bf16    [B, G, 2, S]
 //
 // A position outside 0..S-1 is not stored, and its token sees every slot.
 
@@ -19,6 +24,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "cache_int8.h"
 #include "dispatch.h"
 #include "epilogue.h"
 #include "handler_common.h"
@@ -40,32 +46,80 @@ struct Shape {
   int64_t tiles() const { return (rows() + kAttentionRows - 1) / kAttentionRows; }
 };
 
-Shape shape_of(Dims qkv, Dims turn, Dims positions, Dims keys, Dims values, Dims mixed) {
-  if (keys.size() != 5 || keys[4] != kKeyBlock)
-    throw wrong("keys", "[B, G, S/16, h, 16]", text(keys));
+void require_shape(const char* what, Dims got, const std::vector<int64_t>& wanted) {
+  if (got.size() == wanted.size() && std::equal(wanted.begin(), wanted.end(), got.begin())) return;
+  std::string all;
+  for (const int64_t size : wanted) all += (all.empty() ? "" : ", ") + std::to_string(size);
+  throw wrong(what, "[" + all + "]", text(got));
+}
+
+Shape shape_of(Dims qkv, Dims turn, Dims positions, Dims keys, bool int8, Dims values, Dims mixed) {
+  if (int8 ? keys.size() != 6 || keys[4] != kStepSlots || keys[5] != 2
+           : keys.size() != 5 || keys[4] != kStepSlots)
+    throw wrong("keys", int8 ? "[B, G, S/64, h/2, 64, 2]" : "[B, G, S/64, h, 64]", text(keys));
   if (qkv.size() != 4) throw wrong("qkv", "[B, T, H + 2G, h]", text(qkv));
-  Shape s{qkv[0], qkv[1], qkv[2] - 2 * keys[1], keys[1], qkv[3], keys[2] * kKeyBlock};
+  Shape s{qkv[0], qkv[1], qkv[2] - 2 * keys[1], keys[1], qkv[3], keys[2] * kStepSlots};
   if (s.G < 1 || s.H < 1 || s.H % s.G != 0)
     throw wrong("qkv", "a multiple of the cache's " + std::to_string(s.G) + " heads as queries",
                 text(qkv));
   if (s.h % 16 != 0 || s.h < 16 || s.h > kMaxHeadDim)
     throw wrong("qkv", "heads of 16..512 dimensions, a multiple of 16", text(qkv));
-  if (s.S % kStepSlots != 0 || s.S == 0)
-    throw wrong("keys", "slots in multiples of " + std::to_string(kStepSlots), text(keys));
-  const auto require = [](const char* what, Dims got, std::initializer_list<int64_t> wanted) {
-    if (got.size() == wanted.size() && std::equal(wanted.begin(), wanted.end(), got.begin()))
-      return;
-    std::string all;
-    for (const int64_t size : wanted) all += (all.empty() ? "" : ", ") + std::to_string(size);
-    throw wrong(what, "[" + all + "]", text(got));
-  };
-  require("turn", turn, {s.B, s.T, s.h});
-  require("positions", positions, {s.B, s.T});
-  require("keys", keys, {s.B, s.G, s.S / kKeyBlock, s.h, kKeyBlock});
-  require("values", values, {s.B, s.G, s.S, s.h});
-  require("result", mixed, {s.B, s.T, s.H * s.h});
+  if (s.S == 0) throw wrong("keys", "at least one block of slots", text(keys));
+  require_shape("turn", turn, {s.B, s.T, s.h});
+  require_shape("positions", positions, {s.B, s.T});
+  if (int8) {
+    require_shape("keys", keys, {s.B, s.G, s.S / kStepSlots, s.h / 2, kStepSlots, 2});
+    require_shape("values", values, {s.B, s.G, s.S / 2, s.h, 2});
+  } else {
+    require_shape("keys", keys, {s.B, s.G, s.S / kStepSlots, s.h, kStepSlots});
+    require_shape("values", values, {s.B, s.G, s.S, s.h});
+  }
+  require_shape("result", mixed, {s.B, s.T, s.H * s.h});
   return s;
 }
+
+// All of a cache; T = uint16_t is bfloat16.
+template <typename T>
+struct Cache {
+  T* keys;
+  T* values;
+
+  HeadCache<T> head(const Shape& s, int64_t n) const {
+    return {keys + n * s.S * s.h, values + n * s.S * s.h};
+  }
+  void store_key(const Shape& s, int64_t n, int64_t slot, const float* x) const {
+    T* to = keys + (n * s.S + slot / kStepSlots * kStepSlots) * s.h + slot % kStepSlots;
+    for (int64_t d = 0; d < s.h; ++d) store_output(x[d], to + d * kStepSlots);
+  }
+  void store_value(const Shape& s, int64_t n, int64_t slot, const float* x) const {
+    T* to = values + (n * s.S + slot) * s.h;
+    for (int64_t d = 0; d < s.h; ++d) store_output(x[d], to + d);
+  }
+};
+
+template <>
+struct Cache<int8_t> {
+  int8_t* keys;
+  int8_t* values;
+  uint16_t* scales;
+
+  HeadCache<int8_t> head(const Shape& s, int64_t n) const {
+    const uint16_t* key_scale = scales + 2 * n * s.S;
+    return {keys + n * s.S * s.h, values + n * s.S * s.h, key_scale, key_scale + s.S};
+  }
+  void store_key(const Shape& s, int64_t n, int64_t slot, const float* x) const {
+    int8_t codes[kMaxHeadDim];
+    scales[2 * n * s.S + slot] = quantize_slot(x, s.h, codes);
+    int8_t* to = keys + (n * s.S + slot / kStepSlots * kStepSlots) * s.h + slot % kStepSlots * 2;
+    for (int64_t d = 0; d < s.h; d += 2) std::memcpy(to + d * kStepSlots, codes + d, 2);
+  }
+  void store_value(const Shape& s, int64_t n, int64_t slot, const float* x) const {
+    int8_t codes[kMaxHeadDim];
+    scales[(2 * n + 1) * s.S + slot] = quantize_slot(x, s.h, codes);
+    int8_t* to = values + (n * s.S + slot / 2 * 2) * s.h + slot % 2;
+    for (int64_t d = 0; d < s.h; ++d) to[2 * d] = codes[d];
+  }
+};
 
 void rotate(const float* x, const float* turn, int64_t h, float* y) {
   const int64_t half = h / 2;
@@ -82,8 +136,7 @@ struct Call {
   const X* qkv;
   const float* turn;
   const int32_t* positions;
-  T* keys;
-  T* values;
+  Cache<T> cache;
   X* mixed;
   std::unique_ptr<float[]> q;  // [B, G, T, H/G, h], turned and scaled
   std::vector<int64_t> seen;   // [B, T], last slot each token sees
@@ -108,15 +161,13 @@ struct Call {
         float* to = row(b, n / s.group(), t * s.group() + n % s.group());
         for (int64_t d = 0; d < s.h; ++d) to[d] = y[d] * scale;
       } else if (stored) {
-        T* to = keys + ((b * s.G + n - s.H) * s.S / kKeyBlock + slot / kKeyBlock) * s.h * kKeyBlock +
-                slot % kKeyBlock;
-        for (int64_t d = 0; d < s.h; ++d) store_output(y[d], to + d * kKeyBlock);
+        cache.store_key(s, b * s.G + n - s.H, slot, y);
       }
     }
     for (int64_t g = 0; stored && g < s.G; ++g) {
       const X* from = token + (s.H + s.G + g) * s.h;
-      T* to = values + ((b * s.G + g) * s.S + slot) * s.h;
-      for (int64_t d = 0; d < s.h; ++d) store_output(widen(from[d]), to + d);
+      for (int64_t d = 0; d < s.h; ++d) x[d] = widen(from[d]);
+      cache.store_value(s, b * s.G + g, slot, x);
     }
   }
 
@@ -141,10 +192,9 @@ struct Call {
   }
 
   void split(const Tile& tile, int64_t first, Partial* partial, float* out) const {
-    const int64_t head = tile.b * s.G + tile.g;
     attend(row(tile.b, tile.g, tile.first_row), tile.position, tile.m, static_cast<int>(s.h),
-           keys + head * s.S * s.h, values + head * s.S * s.h, first,
-           std::min(tile.slots, first + kSplitSlots), partial, out);
+           cache.head(s, tile.b * s.G + tile.g), first, std::min(tile.slots, first + kSplitSlots),
+           partial, out);
   }
 
   // Adds what a later split gives.
@@ -186,9 +236,9 @@ struct Call {
 
 template <typename X, typename T>
 void run(ffi::ThreadPool pool, const Shape& s, Attend<T> attend, const X* qkv, const float* turn,
-         const int32_t* positions, T* keys, T* values, X* mixed) {
+         const int32_t* positions, const Cache<T>& cache, X* mixed) {
   if (s.B * s.T == 0) return;
-  Call<X, T> call{s, attend, qkv, turn, positions, keys, values, mixed, nullptr, {}};
+  Call<X, T> call{s, attend, qkv, turn, positions, cache, mixed, nullptr, {}};
   call.q.reset(new float[static_cast<size_t>(s.B * s.T * s.H * s.h)]);
   int64_t slots = 0;
   for (int64_t i = 0; i < s.B * s.T; ++i) {
@@ -238,24 +288,49 @@ void run(ffi::ThreadPool pool, const Shape& s, Attend<T> attend, const X* qkv, c
 }
 
 constexpr char kAttention[] = "bitjax_attention";
+constexpr char kAttentionInt8[] = "bitjax_attention_int8";
 
-template <typename X>
-void run_with_cache(ffi::ThreadPool pool, const Shape& s, ffi::AnyBuffer qkv, ffi::AnyBuffer turn,
-                    ffi::AnyBuffer positions, ffi::AnyBuffer keys, ffi::AnyBuffer values,
-                    ffi::AnyBuffer mixed) {
-  const AttentionKernel& kernel = active_attention();
-  if (keys.element_type() == ffi::DataType::F32) {
-    run(pool, s, kernel.attend_f32, data<X>(qkv), data<float>(turn), data<int32_t>(positions),
-        data<float>(keys), data<float>(values), data<X>(mixed));
+// What both calls have besides the cache.
+struct Tokens {
+  ffi::AnyBuffer qkv, turn, positions, mixed;
+};
+
+template <typename T>
+void run_tokens(ffi::ThreadPool pool, const Shape& s, Attend<T> attend, const Tokens& t,
+                const Cache<T>& cache) {
+  const auto run_typed = [&](auto* mixed) {
+    run(pool, s, attend, data<std::remove_pointer_t<decltype(mixed)>>(t.qkv), data<float>(t.turn),
+        data<int32_t>(t.positions), cache, mixed);
+  };
+  if (t.qkv.element_type() == ffi::DataType::F32) {
+    run_typed(data<float>(t.mixed));
   } else {
-    run(pool, s, kernel.attend_bf16, data<X>(qkv), data<float>(turn), data<int32_t>(positions),
-        data<uint16_t>(keys), data<uint16_t>(values), data<X>(mixed));
+    run_typed(data<uint16_t>(t.mixed));
   }
+}
+
+void require_float(const ffi::AnyBuffer& buffer, const char* what) {
+  if (buffer.element_type() != ffi::DataType::F32 && buffer.element_type() != ffi::DataType::BF16)
+    throw wrong(what, "f32 or bf16", text(buffer.element_type()));
+}
+
+Shape check(const Tokens& t, const ffi::AnyBuffer& keys, const ffi::AnyBuffer& values) {
+  require_float(t.qkv, "qkv");
+  require_type(t.turn, ffi::DataType::F32, "turn");
+  require_type(t.positions, ffi::DataType::S32, "positions");
+  require_type(values, keys.element_type(), "values");
+  require_type(t.mixed, t.qkv.element_type(), "result");
+  return shape_of(t.qkv.dimensions(), t.turn.dimensions(), t.positions.dimensions(),
+                  keys.dimensions(), keys.element_type() == ffi::DataType::S8, values.dimensions(),
+                  t.mixed.dimensions());
 }
 
 // XLA hands over results apart from operands: where it could not give them the same memory, the cache
 // is copied first.
-void carry_over(ffi::AnyBuffer from, ffi::AnyBuffer to) {
+void carry_over(ffi::AnyBuffer from, ffi::AnyBuffer to, const char* what) {
+  require_type(to, from.element_type(), what);
+  if (to.size_bytes() != from.size_bytes())
+    throw wrong("result", "the cache's shape", text(to.dimensions()));
   if (from.untyped_data() != to.untyped_data())
     std::memcpy(to.untyped_data(), from.untyped_data(), from.size_bytes());
 }
@@ -265,26 +340,43 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer qkv, ffi::AnyBuffer tu
                      ffi::Result<ffi::AnyBuffer> mixed, ffi::Result<ffi::AnyBuffer> new_keys,
                      ffi::Result<ffi::AnyBuffer> new_values) {
   return guarded(kAttention, [&] {
-    for (const auto& [buffer, what] : {std::pair(qkv, "qkv"), std::pair(keys, "keys")})
-      if (buffer.element_type() != ffi::DataType::F32 &&
-          buffer.element_type() != ffi::DataType::BF16)
-        throw wrong(what, "f32 or bf16", text(buffer.element_type()));
-    require_type(turn, ffi::DataType::F32, "turn");
-    require_type(positions, ffi::DataType::S32, "positions");
-    require_type(values, keys.element_type(), "values");
-    require_type(*mixed, qkv.element_type(), "result");
-    require_type(*new_keys, keys.element_type(), "new keys");
-    require_type(*new_values, keys.element_type(), "new values");
-    const Shape shape =
-        shape_of(qkv.dimensions(), turn.dimensions(), positions.dimensions(), keys.dimensions(),
-                 values.dimensions(), mixed->dimensions());
-    if (new_keys->size_bytes() != keys.size_bytes() ||
-        new_values->size_bytes() != values.size_bytes())
-      throw wrong("result", "the cache's shape", text(new_keys->dimensions()));
-    carry_over(keys, *new_keys);
-    carry_over(values, *new_values);
-    (qkv.element_type() == ffi::DataType::F32 ? run_with_cache<float> : run_with_cache<uint16_t>)(
-        pool, shape, qkv, turn, positions, *new_keys, *new_values, *mixed);
+    const Tokens tokens{qkv, turn, positions, *mixed};
+    require_float(keys, "keys");
+    const Shape shape = check(tokens, keys, values);
+    carry_over(keys, *new_keys, "new keys");
+    carry_over(values, *new_values, "new values");
+    const AttentionKernel& kernel = active_attention();
+    count_call(kernel);
+    if (keys.element_type() == ffi::DataType::F32) {
+      run_tokens<float>(pool, shape, kernel.attend_f32, tokens,
+                        {data<float>(*new_keys), data<float>(*new_values)});
+    } else {
+      run_tokens<uint16_t>(pool, shape, kernel.attend_bf16, tokens,
+                           {data<uint16_t>(*new_keys), data<uint16_t>(*new_values)});
+    }
+  });
+}
+
+ffi::Error attention_int8(ffi::ThreadPool pool, ffi::AnyBuffer qkv, ffi::AnyBuffer turn,
+                          ffi::AnyBuffer positions, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                          ffi::AnyBuffer scales, ffi::Result<ffi::AnyBuffer> mixed,
+                          ffi::Result<ffi::AnyBuffer> new_keys,
+                          ffi::Result<ffi::AnyBuffer> new_values,
+                          ffi::Result<ffi::AnyBuffer> new_scales) {
+  return guarded(kAttentionInt8, [&] {
+    const Tokens tokens{qkv, turn, positions, *mixed};
+    require_type(keys, ffi::DataType::S8, "keys");
+    const Shape shape = check(tokens, keys, values);
+    require_type(scales, ffi::DataType::BF16, "scales");
+    require_shape("scales", scales.dimensions(), {shape.B, shape.G, 2, shape.S});
+    carry_over(keys, *new_keys, "new keys");
+    carry_over(values, *new_values, "new values");
+    carry_over(scales, *new_scales, "new scales");
+    const AttentionKernel& kernel = active_attention();
+    count_call(kernel);
+    run_tokens<int8_t>(
+        pool, shape, kernel.attend_int8, tokens,
+        {data<int8_t>(*new_keys), data<int8_t>(*new_values), data<uint16_t>(*new_scales)});
   });
 }
 
@@ -302,6 +394,21 @@ XLA_FFI_DEFINE_HANDLER(attention_handler, attention,
                            .Ret<ffi::AnyBuffer>()    // keys
                            .Ret<ffi::AnyBuffer>());  // values
 
-const Registration kAttentionRegistrations[1] = {{kAttention, attention_handler}};
+XLA_FFI_DEFINE_HANDLER(attention_int8_handler, attention_int8,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::AnyBuffer>()    // qkv
+                           .Arg<ffi::AnyBuffer>()    // turn
+                           .Arg<ffi::AnyBuffer>()    // positions
+                           .Arg<ffi::AnyBuffer>()    // keys
+                           .Arg<ffi::AnyBuffer>()    // values
+                           .Arg<ffi::AnyBuffer>()    // scales
+                           .Ret<ffi::AnyBuffer>()    // mixed
+                           .Ret<ffi::AnyBuffer>()    // keys
+                           .Ret<ffi::AnyBuffer>()    // values
+                           .Ret<ffi::AnyBuffer>());  // scales
+
+const Registration kAttentionRegistrations[2] = {{kAttention, attention_handler},
+                                                 {kAttentionInt8, attention_int8_handler}};
 
 }  // namespace bitjax

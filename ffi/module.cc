@@ -30,9 +30,9 @@ nb::dict registrations() {
   return result;
 }
 
-nb::dict kernel_calls() {
+nb::dict counts(const std::vector<std::pair<std::string, uint64_t>>& calls) {
   nb::dict result;
-  for (const auto& [name, count] : bitjax::kernel_calls()) result[name.c_str()] = count;
+  for (const auto& [name, count] : calls) result[name.c_str()] = count;
   return result;
 }
 
@@ -70,9 +70,13 @@ NB_MODULE(_ffi, m) {
         bitjax::thread_limit = threads.value_or(std::numeric_limits<int64_t>::max());
       },
       nb::arg("threads").none(), "Limits the threads of each custom call; None lifts the limit.");
-  m.def("kernel_calls", &kernel_calls, "Products run so far by each compiled kernel.");
-  m.attr("KEY_BLOCK") = bitjax::kKeyBlock;
-  m.attr("CACHE_SLOTS") = bitjax::kStepSlots;
+  m.def(
+      "kernel_calls", [] { return counts(bitjax::kernel_calls()); },
+      "Products run so far by each compiled kernel.");
+  m.def(
+      "attention_calls", [] { return counts(bitjax::attention_calls()); },
+      "Calls of attention run so far by each compiled kernel.");
+  m.attr("KEY_BLOCK") = bitjax::kStepSlots;
   m.attr("FORMAT_VERSION") = bitjax::kFormatVersion;
   nb::dict layouts;
   for (int i = 0; i < bitjax::kLayoutCount; ++i) {

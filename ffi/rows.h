@@ -33,12 +33,23 @@ inline void store_first(float* p, int64_t n, const Float16& v) {
   for (int64_t i = 0; i < n; ++i) p[i] = padded[i];
 }
 
+typedef float Float8 __attribute__((vector_size(32)));
+typedef float Float4 __attribute__((vector_size(16)));
+
+// Lanes joined in halves, down to one.
+template <typename Join>
+inline float fold(const Float16& v, const Join& join) {
+  Float8 eight[2];
+  __builtin_memcpy(eight, &v, sizeof v);
+  eight[0] = join(eight[0], eight[1]);
+  Float4 four[2];
+  __builtin_memcpy(four, eight, sizeof four);
+  four[0] = join(four[0], four[1]);
+  return join(join(four[0][0], four[0][2]), join(four[0][1], four[0][3]));
+}
+
 inline float fold(const Float16& v) {
-  float lane[kFloats];
-  store_floats(lane, v);
-  for (int half = kFloats / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
+  return fold(v, [](const auto& a, const auto& b) { return a + b; });
 }
 
 // e^x to 2 units in the last place for x in [-87, 88]; below, the result stays at e^-87, above at

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from bitjax.config import DType
+from bitjax.config import CacheDType
 from bitjax.infer.sampling import SamplingArrays, SamplingParams, sample
 from bitjax.model import Cache, Transformer
 from bitjax.tokenizer import ByteTokenizer
@@ -73,13 +73,15 @@ class Generator:
     Args:
         model: any Transformer; its parameters are passed to the compiled functions as arguments,
             so packed weights are used in place.
-        cache_dtype: of the KV cache; the model's if None. "bfloat16" halves what attention reads.
+        cache_dtype: of the KV cache; the model's if None. Attention reads half of float32's bytes
+            with "bfloat16", and with "int8" (absmax codes, a scale for each key and value of a
+            head) a quarter.
 
     Raises:
         ValueError: a vocabulary without all of the tokenizer's tokens.
     """
 
-    def __init__(self, model: Transformer, cache_dtype: DType | None = None) -> None:
+    def __init__(self, model: Transformer, cache_dtype: CacheDType | None = None) -> None:
         self.tokenizer = ByteTokenizer()
         self.config = model.config
         if self.config.vocab_size < self.tokenizer.vocab_size:

@@ -12,13 +12,13 @@ from bitjax import ops
 from bitjax.config import ModelConfig
 from bitjax.model.layers import BitLinear, RMSNorm, rotary_angles
 from bitjax.ops import reference
-from bitjax.ops.reference import CACHE_SLOTS, KEY_BLOCK
+from bitjax.ops.reference import KEY_BLOCK
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys `[B, G, S/16, h, 16]` and values `[B, G, S, h]` of one layer; slot s holds position s.
+    """Keys and values of one layer as `ops.cached_attention` takes them; slot s holds position s.
 
     Slots at or beyond a sequence's length may hold any finite number: attention at position p
     reads slots 0..p only, and each position is written before it is read.
@@ -26,16 +26,27 @@ class KVCache:
 
     keys: jax.Array
     values: jax.Array
+    scales: jax.Array | None = None  # of an int8 cache
 
     @classmethod
     def empty(cls, batch: int, length: int, config: ModelConfig, dtype: jnp.dtype) -> KVCache:
-        """A zeroed cache for `batch` sequences of up to `length` tokens."""
-        slots = -(-length // CACHE_SLOTS) * CACHE_SLOTS
-        heads, h = (batch, config.num_kv_heads), config.head_dim
+        """A zeroed cache for `batch` sequences of up to `length` tokens: float or int8."""
+        blocks = -(-length // KEY_BLOCK)
+        heads, slots, h = (batch, config.num_kv_heads), blocks * KEY_BLOCK, config.head_dim
+        if dtype == jnp.int8:
+            return cls(
+                jnp.zeros((*heads, blocks, h // 2, KEY_BLOCK, 2), dtype),
+                jnp.zeros((*heads, slots // 2, h, 2), dtype),
+                jnp.zeros((*heads, 2, slots), jnp.bfloat16),
+            )
         return cls(
-            jnp.zeros((*heads, slots // KEY_BLOCK, h, KEY_BLOCK), dtype),
-            jnp.zeros((*heads, slots, h), dtype),
+            jnp.zeros((*heads, blocks, h, KEY_BLOCK), dtype), jnp.zeros((*heads, slots, h), dtype)
         )
+
+    @property
+    def arrays(self) -> tuple[jax.Array, ...]:
+        """Keys, values and, of an int8 cache, scales."""
+        return (self.keys, self.values) + (() if self.scales is None else (self.scales,))
 
 
 class Attention(nnx.Module):
@@ -79,9 +90,9 @@ class Attention(nnx.Module):
             k, v = k.transpose(0, 2, 1, 3), qkv_BxTxNxh[:, :, H + G :].transpose(0, 2, 1, 3)
             mixed = reference.attend(q, k, v, positions_BxT)
         else:
-            mixed, keys, values = ops.cached_attention(
-                qkv_BxTxNxh, turn_BxTxh, positions_BxT, cache.keys, cache.values,
-                self.o.impl if ops.attention_fits(h) else "reference",
+            mixed, *arrays = ops.cached_attention(
+                qkv_BxTxNxh, turn_BxTxh, positions_BxT, *cache.arrays,
+                impl=self.o.impl if ops.attention_fits(h) else "reference",
             )  # fmt: skip
-            cache = KVCache(keys, values)
+            cache = KVCache(*arrays)
         return self.o(mixed, norm=self.sub_norm, residual=x_BxTxD), cache

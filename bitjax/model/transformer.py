@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bitjax import ops
-from bitjax.config import DType, ModelConfig
+from bitjax.config import CacheDType, ModelConfig
 from bitjax.model.attention import Attention, KVCache
 from bitjax.model.layers import BitLinear, FeedForward, RMSNorm
 from bitjax.packing import PackedWeights, packed_rows
@@ -116,7 +116,7 @@ class Transformer(nnx.Module):
             preferred_element_type=jnp.float32,
         )  # fmt: skip
 
-    def empty_cache(self, batch: int, length: int, dtype: DType | None = None) -> Cache:
+    def empty_cache(self, batch: int, length: int, dtype: CacheDType | None = None) -> Cache:
         """A KV cache for `batch` sequences of up to `length` tokens, by default in its dtype."""
         return tuple(
             KVCache.empty(batch, length, self.config, jnp.dtype(dtype or self.dtype))

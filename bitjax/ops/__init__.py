@@ -15,7 +15,7 @@ from typing import Literal
 import jax
 
 from bitjax.ops import ffi, reference
-from bitjax.ops.reference import Gate
+from bitjax.ops.reference import KEY_BLOCK, Gate
 from bitjax.packing import PackedWeights
 
 Impl = Literal["auto", "ffi", "reference"]
@@ -89,10 +89,9 @@ def cached_attention(
     qkv_BxTxNxh: jax.Array,
     turn_BxTxh: jax.Array,
     positions_BxT: jax.Array,
-    keys_BxGxCxhx16: jax.Array,
-    values_BxGxSxh: jax.Array,
+    *cache: jax.Array,
     impl: Impl = "auto",
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Causal grouped-query attention of new tokens over a KV cache that they are added to.
 
     `mixed = softmax(turn(q) turn(k)^T / sqrt(h)) v` over the slots 0..position of each token.
@@ -100,24 +99,84 @@ def cached_attention(
     Args:
         qkv_BxTxNxh: float32 or bfloat16; N = H + 2G: queries, keys and values of T new tokens.
         turn_BxTxh: float32, cosines and sines of the rotary angles, see `reference.rotate`.
-        positions_BxT: int32, slot of each new token; outside the cache it is not stored.
-        keys_BxGxCxhx16: float32 or bfloat16; slot s is `[:, :, s // 16, :, s % 16]`, and S = 16 C
-            is a multiple of 64.
-        values_BxGxSxh: of the same dtype.
+        positions_BxT: int32, slot of each new token; outside the cache it is not stored and sees
+            all slots.
+        cache: of S slots, a multiple of 64. In float32 or bfloat16, keys `[B, G, S/64, h, 64]` and
+            values `[B, G, S, h]`. In int8, keys `[B, G, S/64, h/2, 64, 2]`, values
+            `[B, G, S/2, h, 2]` and the bfloat16 scales of both, `[B, G, 2, S]`: a key or value is
+            rounded to 1/254 of its largest element, see `reference.quantize_slot`; one that holds
+            NaN or an infinity is NaN as a whole.
         impl: which implementation; where `attention_fits` says no, "auto" takes the reference.
 
     Returns:
-        `[B, T, H * h]` in the dtype of qkv, and the updated keys and values (in place when the
-        cache is donated).
+        `[B, T, H * h]` in the dtype of qkv, and the updated arrays of the cache (in place when it
+        is donated).
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or an unknown `impl`.
+        ModuleNotFoundError: `impl="ffi"` without the extension.
     """
-    operands = (qkv_BxTxNxh, turn_BxTxh, positions_BxT, keys_BxGxCxhx16, values_BxGxSxh)
-    fits = attention_fits(qkv_BxTxNxh.shape[-1])
-    if impl == "reference" or (impl == "auto" and not (fits and ffi.available())):
+    operands = (qkv_BxTxNxh, turn_BxTxh, positions_BxT, *cache)
+    _check_attention(qkv_BxTxNxh, turn_BxTxh, positions_BxT, cache)
+    h = qkv_BxTxNxh.shape[-1]
+    if impl == "reference" or (impl == "auto" and not (attention_fits(h) and ffi.available())):
         return reference.cached_attention(*operands)
     if impl == "ffi":
+        if not attention_fits(h):
+            raise ValueError(
+                "cached_attention: the custom call takes heads of 16..512 dimensions, a multiple "
+                f"of 16; got {h}"
+            )
         return ffi.cached_attention(*operands)
     if impl != "auto":
         raise ValueError(f"impl={impl!r} is not auto, ffi or reference")
     return jax.lax.platform_dependent(
         *operands, cpu=ffi.cached_attention, default=reference.cached_attention
     )
+
+
+def _check_attention(
+    qkv: jax.Array, turn: jax.Array, positions: jax.Array, cache: tuple[jax.Array, ...]
+) -> None:
+    """Refuse operands that do not fit each other, in one sentence."""
+
+    def require(name: str, x: jax.Array, shape: tuple[int, ...], *dtypes: str) -> None:
+        if x.shape != shape or x.dtype.name not in dtypes:
+            raise ValueError(
+                f"cached_attention: {name} wanted {' or '.join(dtypes)}{list(shape)}, "
+                f"got {x.dtype.name}{list(x.shape)}"
+            )
+
+    if len(cache) not in (2, 3):
+        raise ValueError(
+            "cached_attention: the cache is keys and values, in int8 with scales; "
+            f"got {len(cache)} arrays"
+        )
+    int8 = len(cache) == 3
+    keys, values = cache[:2]
+    if qkv.ndim != 4:
+        raise ValueError(f"cached_attention: qkv wanted [B, T, H + 2G, h], got {list(qkv.shape)}")
+    if keys.ndim != 5 + int8:
+        layout = "[B, G, S/64, h/2, 64, 2]" if int8 else "[B, G, S/64, h, 64]"
+        raise ValueError(f"cached_attention: keys wanted {layout}, got {list(keys.shape)}")
+    B, T, N, h = qkv.shape
+    G, blocks = keys.shape[1:3]
+    S = blocks * KEY_BLOCK
+    if G < 1 or N - 2 * G < 1 or N % G != 0:
+        raise ValueError(
+            f"cached_attention: qkv has {N} heads; wanted a multiple of the cache's {G} key heads "
+            "as queries, besides its keys and values"
+        )
+    if S == 0:
+        raise ValueError("cached_attention: the cache has no slots")
+    floats = ("float32", "bfloat16")
+    require("qkv", qkv, qkv.shape, *floats)
+    require("turn", turn, (B, T, h), "float32")
+    require("positions", positions, (B, T), "int32")
+    if int8:
+        require("keys", keys, (B, G, blocks, h // 2, KEY_BLOCK, 2), "int8")
+        require("values", values, (B, G, S // 2, h, 2), "int8")
+        require("scales", cache[2], (B, G, 2, S), "bfloat16")
+    else:
+        require("keys", keys, (B, G, blocks, h, KEY_BLOCK), *floats)
+        require("values", values, (B, G, S, h), keys.dtype.name)

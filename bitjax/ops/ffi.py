@@ -98,6 +98,11 @@ def set_threads(threads: int | None) -> None:
     _load().set_threads(threads)
 
 
+def attention_calls() -> dict[str, int]:
+    """How many times each compiled kernel has run cached attention in this process so far."""
+    return dict(_load().attention_calls())
+
+
 def dot_rounds(rounds: int) -> int:
     """Runs rounds of independent integer dot products in registers; returns their multiply-adds."""
     return int(_load().dot_rounds(rounds))
@@ -183,12 +188,8 @@ def _call(
 
 
 def cached_attention(
-    qkv_BxTxNxh: jax.Array,
-    turn_BxTxh: jax.Array,
-    positions_BxT: jax.Array,
-    keys_BxGxCxhx16: jax.Array,
-    values_BxGxSxh: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    qkv_BxTxNxh: jax.Array, turn_BxTxh: jax.Array, positions_BxT: jax.Array, *cache: jax.Array
+) -> tuple[jax.Array, ...]:
     """`bitjax.ops.cached_attention` by the active kernel; the cache is updated in place if donated.
 
     Raises:
@@ -197,18 +198,12 @@ def cached_attention(
     """
     _load()
     B, T, N, h = qkv_BxTxNxh.shape
-    heads = N - 2 * keys_BxGxCxhx16.shape[1]
+    heads = N - 2 * cache[0].shape[1]
+    mixed = jax.ShapeDtypeStruct((B, T, heads * h), qkv_BxTxNxh.dtype)
     call = jax.ffi.ffi_call(
-        "bitjax_attention",
-        (
-            jax.ShapeDtypeStruct((B, T, heads * h), qkv_BxTxNxh.dtype),
-            jax.ShapeDtypeStruct(keys_BxGxCxhx16.shape, keys_BxGxCxhx16.dtype),
-            jax.ShapeDtypeStruct(values_BxGxSxh.shape, values_BxGxSxh.dtype),
-        ),
-        input_output_aliases={3: 1, 4: 2},
+        "bitjax_attention" if len(cache) == 2 else "bitjax_attention_int8",
+        (mixed, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache)),
+        input_output_aliases={3 + i: 1 + i for i in range(len(cache))},
         vmap_method="sequential",
     )
-    mixed, keys, values = call(
-        qkv_BxTxNxh, turn_BxTxh, positions_BxT, keys_BxGxCxhx16, values_BxGxSxh
-    )
-    return mixed, keys, values
+    return tuple(call(qkv_BxTxNxh, turn_BxTxh, positions_BxT, *cache))

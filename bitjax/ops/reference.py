@@ -14,8 +14,8 @@ from bitjax.packing import PackedWeights, unpack
 from bitjax.quant import EXACT_FLOAT32_TERMS, int8_per_token
 
 Gate = Literal["none", "relu2", "silu"]
-KEY_BLOCK = 16  # slots of a block of cached keys
-CACHE_SLOTS = 64  # a cache holds a multiple of so many
+KEY_BLOCK = 64  # slots of a block of cached keys; a cache holds a multiple of so many
+SMALLEST_SCALE = 2.0**-100  # of an int8 key or value; its inverse is finite
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -105,30 +105,60 @@ def attend(
     return mixed.reshape(B, H, T, h).transpose(0, 2, 1, 3).reshape(B, T, H * h)
 
 
+def quantize_slot(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Codes int8 `[..., h]` and scale bfloat16 `[...]` of keys or values: `x ~ scale * codes`.
+
+    `scale = max(absmax / 127, 2^-100)`, rounded up to bfloat16, and NaN (with codes 0) where x
+    holds NaN or an infinity; codes are rounded to even, so `|x - scale * codes| <= scale / 2`.
+    """
+    x = x.astype(jnp.float32)
+    absmax = jnp.max(jnp.abs(x), axis=-1)
+    finite = jnp.isfinite(absmax)
+    bits = jax.lax.bitcast_convert_type(jnp.maximum(absmax / 127, SMALLEST_SCALE), jnp.uint32)
+    up = ((bits + 0xFFFF) >> 16).astype(jnp.uint16)
+    scale = jnp.where(finite, jax.lax.bitcast_convert_type(up, jnp.bfloat16), jnp.nan)
+    codes = jnp.round(x * (1 / scale.astype(jnp.float32))[..., None])
+    return jnp.where(finite[..., None], codes, 0).astype(jnp.int8), scale.astype(jnp.bfloat16)
+
+
 def cached_attention(
-    qkv_BxTxNxh: jax.Array,
-    turn_BxTxh: jax.Array,
-    positions_BxT: jax.Array,
-    keys_BxGxCxhx16: jax.Array,
-    values_BxGxSxh: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    qkv_BxTxNxh: jax.Array, turn_BxTxh: jax.Array, positions_BxT: jax.Array, *cache: jax.Array
+) -> tuple[jax.Array, ...]:
     """Turn, store, attend; see `bitjax.ops`. Float32 but for what is stored."""
-    G, C = keys_BxGxCxhx16.shape[1:3]
-    H = qkv_BxTxNxh.shape[2] - 2 * G
+    G = cache[0].shape[1]
+    S = cache[0].shape[2] * KEY_BLOCK
+    B, _, N, h = qkv_BxTxNxh.shape
+    H = N - 2 * G
     turned = rotate(qkv_BxTxNxh[:, :, : H + G], turn_BxTxh)
     q, k, v = turned[:, :, :H], turned[:, :, H:], qkv_BxTxNxh[:, :, H + G :]
-    rows_Bx1 = jnp.arange(positions_BxT.shape[0])[:, None]
-    # Negative indices would count from the end.
-    slots_BxT = jnp.where(positions_BxT < 0, C * KEY_BLOCK, positions_BxT)
-    keys = keys_BxGxCxhx16.at[rows_Bx1, :, slots_BxT // KEY_BLOCK, :, slots_BxT % KEY_BLOCK].set(
-        k.astype(keys_BxGxCxhx16.dtype), mode="drop"
-    )
-    values = values_BxGxSxh.at[rows_Bx1, :, slots_BxT].set(
-        v.astype(values_BxGxSxh.dtype), mode="drop"
-    )
-    k_BxGxSxh = keys.astype(jnp.float32).transpose(0, 1, 2, 4, 3).reshape(values.shape)
-    mixed = attend(q, k_BxGxSxh, values.astype(jnp.float32), slots_BxT)
-    return mixed.astype(qkv_BxTxNxh.dtype), keys, values
+    row = jnp.arange(B)[:, None]
+    slot = jnp.where(positions_BxT < 0, S, positions_BxT)  # a negative one would count from the end
+    block, place = slot // KEY_BLOCK, slot % KEY_BLOCK
+
+    def put(where: jax.Array, index: tuple[object, ...], x: jax.Array) -> jax.Array:
+        return where.at[index].set(x.astype(where.dtype), mode="drop")
+
+    every = slice(None)
+    if len(cache) == 2:
+        keys = put(cache[0], (row, every, block, every, place), k)
+        values = put(cache[1], (row, every, slot), v)
+        cache = (keys, values)
+        k_BxGxSxh = keys.swapaxes(3, 4).reshape(B, G, S, h).astype(jnp.float32)
+        v_BxGxSxh = values.astype(jnp.float32)
+    else:
+        (k, k_scale), (v, v_scale) = quantize_slot(k), quantize_slot(v)
+        keys = put(
+            cache[0], (row, every, block, every, place), k.reshape(*k.shape[:-1], h // 2, 2)
+        )
+        values = put(cache[1], (row, every, slot // 2, every, slot % 2), v)
+        scales = put(cache[2], (row, every, 0, slot), k_scale)
+        scales = put(scales, (row, every, 1, slot), v_scale)
+        cache = (keys, values, scales)
+        wide_BxGx2xSx1 = scales.astype(jnp.float32)[..., None]
+        k_BxGxSxh = keys.swapaxes(3, 4).reshape(B, G, S, h) * wide_BxGx2xSx1[:, :, 0]
+        v_BxGxSxh = values.swapaxes(3, 4).reshape(B, G, S, h) * wide_BxGx2xSx1[:, :, 1]
+    mixed = attend(q, k_BxGxSxh, v_BxGxSxh, slot)
+    return mixed.astype(qkv_BxTxNxh.dtype), *cache
 
 
 def _product(x: jax.Array, w_NxK: jax.Array, accumulator: type) -> jax.Array:
