@@ -73,6 +73,15 @@ def _parser() -> argparse.ArgumentParser:
             help=f"number format of a packed file's embedding and head (default: {tables})",
         )
 
+    def cache_argument(added: argparse.ArgumentParser, default: str | None) -> None:
+        added.add_argument(
+            "--cache",
+            choices=("float32", "bfloat16", "int8"),
+            default=default,
+            help="number format of cached keys and values "
+            f"(default: {default or 'that of the activations'})",
+        )
+
     demo = command(
         "demo",
         _demo,
@@ -156,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="custom calls, or pure JAX (default: auto)",
     )
+    cache_argument(generate, default=None)
 
     convert = command(
         "convert",
@@ -216,6 +226,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="B",
         help="sequences decoded together (default: 8 32)",
     )
+    bench.add_argument(
+        "--context",
+        type=int,
+        nargs="*",
+        default=None,
+        metavar="C",
+        help="one sequence decoded up to these positions (default: 4096, or the model's context)",
+    )
+    cache_argument(bench, default="bfloat16")
     bench.add_argument(
         "--against",
         action="append",
@@ -312,7 +331,8 @@ def _generate(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         stop=tuple(arguments.stop),
     )
-    stream_text(Generator(load(arguments.model, arguments.impl)), arguments.prompt, params)
+    generator = Generator(load(arguments.model, arguments.impl), arguments.cache)
+    stream_text(generator, arguments.prompt, params)
 
 
 def _convert(arguments: argparse.Namespace) -> None:

@@ -147,9 +147,7 @@ def cached_attention(
         v_BxGxSxh = values.astype(jnp.float32)
     else:
         (k, k_scale), (v, v_scale) = quantize_slot(k), quantize_slot(v)
-        keys = put(
-            cache[0], (row, every, block, every, place), k.reshape(*k.shape[:-1], h // 2, 2)
-        )
+        keys = put(cache[0], (row, every, block, every, place), k.reshape(*k.shape[:-1], h // 2, 2))
         values = put(cache[1], (row, every, slot // 2, every, slot % 2), v)
         scales = put(cache[2], (row, every, 0, slot), k_scale)
         scales = put(scales, (row, every, 1, slot), v_scale)

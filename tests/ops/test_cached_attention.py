@@ -21,7 +21,7 @@ from bitjax.ops import ffi
 pytestmark = pytest.mark.skipif(not ffi.available(), reason="the extension is not built")
 
 KERNELS = ffi.kernels() if ffi.available() else ()
-F32, BF16 = np.float32, oracle.BF16
+F32, BF16, INT8 = np.float32, oracle.BF16, np.int8
 
 
 @pytest.fixture(params=KERNELS)
@@ -48,16 +48,28 @@ by_the_letter = jax.jit(
 
 
 def make(starts, T, H, G, h, S, dtype=F32, cache_dtype=F32, seed=0):
-    """qkv, turn, positions, keys, values; sequence b has its tokens from position starts[b] on."""
+    """qkv, turn, positions, *cache; sequence b has its tokens from position starts[b] on."""
     rng = np.random.default_rng(seed)
     B = len(starts)
     qkv = 1.2 * rng.standard_normal((B, T, H + 2 * G, h))  # scores vary by 1.2 and 1.4
     angles = rng.uniform(0, 7, (B, T, h // 2))
     turn = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1).astype(F32)
     positions = (np.array(starts)[:, None] + np.arange(T)).astype(np.int32)
-    keys = rng.standard_normal((B, G, S // 16, h, 16)).astype(cache_dtype)
-    values = rng.standard_normal((B, G, S, h)).astype(cache_dtype)
-    return qkv.astype(dtype), turn, positions, keys, values
+    keys, values = rng.standard_normal((2, B, G, S, h))
+    return qkv.astype(dtype), turn, positions, *cache_of(keys, values, cache_dtype)
+
+
+def cache_of(keys, values, dtype):
+    """A cache of this dtype, as attention takes it, of keys and values [B, G, S, h]."""
+    if dtype != INT8:
+        return oracle.blocks_of(keys.astype(dtype)), values.astype(dtype)
+    # Of other sizes slot by slot, so that each scale matters.
+    sizes = np.exp(np.random.default_rng(1).uniform(-1, 1, (2, *keys.shape[:3], 1)))
+    (keys, key_scale), (values, value_scale) = map(
+        oracle.quantize, (keys * sizes[0], values * sizes[1])
+    )
+    scales = np.stack([key_scale, value_scale], axis=2)
+    return oracle.blocks_of(keys), oracle.in_pairs(values), scales
 
 
 def wide(x):
@@ -72,10 +84,10 @@ def assert_same_bits(got, wanted):
 
 def assert_agrees(got, exact, context=""):
     """A result with the oracle's."""
-    mixed, error, keys, values = exact
+    mixed, error, *cache = exact
     assert (np.abs(wide(got[0]) - mixed) <= error).all(), context  # a NaN is not <= anything
-    assert_same_bits(got[1], keys)
-    assert_same_bits(got[2], values)
+    for part, wanted in zip(got[1:], cache, strict=True):
+        assert_same_bits(part, wanted)
 
 
 # ---- results -------------------------------------------------------------------------------------
@@ -99,7 +111,7 @@ SHAPES = [
     ([0], 130, 4, 1, 128, 192),
     ([1983, 0], 130, 6, 1, 16, 2176),
 ]
-DTYPES = [(F32, F32), (BF16, BF16), (F32, BF16), (BF16, F32)]
+DTYPES = [(F32, F32), (BF16, BF16), (F32, BF16), (BF16, F32), (F32, INT8), (BF16, INT8)]
 
 
 @functools.cache  # kernels meet the same operands
@@ -119,7 +131,11 @@ def test_equals_the_oracle(kernel, shape, dtypes):
 
 @pytest.mark.parametrize(
     ("shape", "dtypes"),
-    [*((SHAPES[1], dtypes) for dtypes in DTYPES), (SHAPES[2], DTYPES[0]), (SHAPES[6], DTYPES[2])],
+    [
+        *((SHAPES[1], dtypes) for dtypes in DTYPES),
+        (SHAPES[2], DTYPES[0]),
+        *((SHAPES[6], dtypes) for dtypes in (DTYPES[2], DTYPES[4])),
+    ],
 )
 def test_the_reference_equals_the_oracle_and_the_kernels(unforced, shape, dtypes):
     operands, exact = case(tuple(shape[0]), *shape[1:], *dtypes)
@@ -129,20 +145,22 @@ def test_the_reference_equals_the_oracle_and_the_kernels(unforced, shape, dtypes
         ffi.force_kernel(name)
         got = by_call(*operands)
         assert (np.abs(wide(got[0]) - wide(wanted[0])) <= 2 * exact[1]).all()  # each within one
-        assert_same_bits(got[1], wanted[1])
-        assert_same_bits(got[2], wanted[2])
+        for part, same in zip(got[1:], wanted[1:], strict=True):
+            assert_same_bits(part, same)
 
 
+@pytest.mark.parametrize("cache_dtype", [BF16, INT8])
 @pytest.mark.parametrize("T", range(1, 14))
-def test_rows_beyond_whole_tiles(kernel, T):
+def test_rows_beyond_whole_tiles(kernel, T, cache_dtype):
     """1 to 13 rows: each number of rows in a tile; 48 dimensions fill no 4 vectors."""
-    operands, exact = case((1024 - T // 2,), T, 1, 1, 48, 1088, F32, BF16)
+    operands, exact = case((1024 - T // 2,), T, 1, 1, 48, 1088, F32, cache_dtype)
     assert_agrees(by_call(*operands), exact)
 
 
+@pytest.mark.parametrize("cache_dtype", [F32, INT8])
 @pytest.mark.parametrize("h", range(16, 145, 16))
-def test_head_dimensions_beyond_whole_tiles(kernel, h):
-    operands, exact = case((70, 3), 2, 4, 2, h, 128, BF16, F32)
+def test_head_dimensions_beyond_whole_tiles(kernel, h, cache_dtype):
+    operands, exact = case((70, 3), 2, 4, 2, h, 128, BF16, cache_dtype)
     assert_agrees(by_call(*operands), exact)
 
 
@@ -227,20 +245,20 @@ def test_scores_of_every_size(kernel, scores):
 # ---- a row depends on its query, its position and the cache, and on nothing else -----------------
 
 
-def in_chunks(operands, sizes, B=slice(None)):
-    """The tokens of some sequences, a chunk after the other: mixed, and the last cache."""
-    qkv, turn, positions, keys, values = (x[B] for x in operands)
+def in_chunks(operands, sizes):
+    """The tokens, a chunk after the other: mixed, and the last cache."""
+    qkv, turn, positions, *cache = operands
     mixed, first = [], 0
     for size in sizes:
         part = slice(first, first + size)
-        rows, keys, values = by_call(qkv[:, part], turn[:, part], positions[:, part], keys, values)
+        rows, *cache = by_call(qkv[:, part], turn[:, part], positions[:, part], *cache)
         mixed.append(np.asarray(rows))
         first += size
     assert first == qkv.shape[1]
-    return np.concatenate(mixed, axis=1), np.asarray(keys), np.asarray(values)
+    return np.concatenate(mixed, axis=1), *cache
 
 
-@pytest.mark.parametrize("dtypes", DTYPES[:2], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtypes", [*DTYPES[:2], DTYPES[4]], ids=["float32", "bfloat16", "int8"])
 def test_prefill_in_chunks_has_the_same_bits(kernel, dtypes):
     operands = make([1000, 0, 60], 40, 6, 2, 80, 1088, *dtypes)
     whole = in_chunks(operands, [40])
@@ -249,9 +267,10 @@ def test_prefill_in_chunks_has_the_same_bits(kernel, dtypes):
             assert_same_bits(got, wanted)
 
 
-def test_a_sequence_alone_has_the_same_bits(kernel):
+@pytest.mark.parametrize("cache_dtype", [BF16, INT8])
+def test_a_sequence_alone_has_the_same_bits(kernel, cache_dtype):
     """Alone it is also less work, which stays on the calling thread."""
-    operands = make([1000, 0, 60], 5, 4, 1, 128, 1088, F32, BF16)
+    operands = make([1000, 0, 60], 5, 4, 1, 128, 1088, F32, cache_dtype)
     whole = by_call(*operands)
     for b in range(3):
         for got, wanted in zip(by_call(*(x[b : b + 1] for x in operands)), whole, strict=True):
@@ -259,41 +278,42 @@ def test_a_sequence_alone_has_the_same_bits(kernel):
 
 
 def test_a_longer_cache_has_the_same_bits(kernel):
-    qkv, turn, positions, keys, values = make([60, 3], 5, 4, 2, 48, 128)
+    *tokens, keys, values = make([60, 3], 5, 4, 2, 48, 128)
     more = np.full((2, 2, 1024, 48), 9, F32)
     longer = (
         np.concatenate([keys, oracle.blocks_of(more)], axis=2),
         np.concatenate([values, more], axis=2),
     )
-    short, long = (
-        by_call(qkv, turn, positions, keys, values),
-        by_call(qkv, turn, positions, *longer),
-    )
-    assert_same_bits(long[0], short[0])
+    assert_same_bits(by_call(*tokens, *longer)[0], by_call(*tokens, keys, values)[0])
 
 
-def test_positions_in_any_order_have_the_same_bits(kernel):
+@pytest.mark.parametrize("cache_dtype", [BF16, INT8])
+def test_positions_in_any_order_have_the_same_bits(kernel, cache_dtype):
     """Rows of a tile whose splits are of another number."""
-    qkv, turn, positions, keys, values = make([1020], 12, 2, 1, 32, 2112, F32, BF16)
+    qkv, turn, positions, *cache = make([1020], 12, 2, 1, 32, 2112, F32, cache_dtype)
     order = np.random.default_rng(0).permutation(12)
-    straight = by_call(qkv, turn, positions, keys, values)
-    shuffled = by_call(qkv[:, order], turn[:, order], positions[:, order], keys, values)
+    straight = by_call(qkv, turn, positions, *cache)
+    shuffled = by_call(qkv[:, order], turn[:, order], positions[:, order], *cache)
     assert_same_bits(shuffled[0], straight[0][:, order])
-    assert_same_bits(shuffled[1], straight[1])
-    assert_same_bits(shuffled[2], straight[2])
+    for got, wanted in zip(shuffled[1:], straight[1:], strict=True):
+        assert_same_bits(got, wanted)
 
 
 PROGRAM = """
 import hashlib, sys
+import numpy as np
 sys.path.insert(0, "ops")
-from test_cached_attention import KERNELS, by_call, ffi, make
+from test_cached_attention import F32, INT8, KERNELS, by_call, ffi, make
 def digests():
     for name in KERNELS:
         ffi.force_kernel(name)
-        for about in (([1000, 0, 60], 1, 6, 2, 80, 1088), ([1015], 40, 6, 1, 64, 1088)):
+        for about in (
+            ([1000, 0, 60], 1, 6, 2, 80, 1088), ([1015], 40, 6, 1, 64, 1088),
+            ([1000, 0, 60], 1, 6, 2, 80, 1088, F32, INT8),
+        ):
             digest = hashlib.sha256()
             for result in by_call(*make(*about)):
-                digest.update(memoryview(result).tobytes())
+                digest.update(np.asarray(result).tobytes())
             yield digest.hexdigest()
     ffi.force_kernel(None)
 digests = list(digests())
@@ -323,25 +343,23 @@ def test_any_number_of_threads_gives_the_same_bits(unforced, threads):
 # ---- what is stored, and what is read ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cache_dtype", [F32, BF16])
+@pytest.mark.parametrize("cache_dtype", [F32, BF16, INT8])
 def test_positions_outside_the_cache_are_not_stored_and_see_all_of_it(kernel, cache_dtype):
-    qkv, turn, positions, keys, values = make([60], 8, 4, 2, 32, 128, F32, cache_dtype)
-    positions[0] = [-1, 5, 128, 129, 2**31 - 1, -(2**31), 127, -64]
-    operands = qkv, turn, positions, keys, values
+    operands = make([60], 8, 4, 2, 32, 128, F32, cache_dtype)
+    operands[2][0] = [-1, 5, 128, 129, 2**31 - 1, -(2**31), 127, -64]
     got = by_call(*operands)
     assert_agrees(got, oracle.cached_attention(*operands))
     untouched = np.delete(np.arange(128), [5, 127])
-    assert_same_bits(np.asarray(got[2])[:, :, untouched], values[:, :, untouched])
-    assert_same_bits(
-        oracle.slots_of(np.asarray(got[1]))[:, :, untouched],
-        oracle.slots_of(keys)[:, :, untouched],
-    )
+    before, after = oracle.numbers(*operands[3:]), oracle.numbers(*map(np.asarray, got[1:]))
+    for old, new in zip(before, after, strict=True):
+        assert_same_bits(new[:, :, untouched], old[:, :, untouched])
+        assert (new[:, :, [5, 127]] != old[:, :, [5, 127]]).mean() > 0.9
 
 
-def test_the_reference_treats_positions_outside_the_cache_alike():
-    qkv, turn, positions, keys, values = make([0], 6, 2, 1, 16, 64)
-    positions[0] = [-1, 5, 64, 2**31 - 1, -(2**31), 63]
-    operands = qkv, turn, positions, keys, values
+@pytest.mark.parametrize("cache_dtype", [F32, INT8])
+def test_the_reference_treats_positions_outside_the_cache_alike(cache_dtype):
+    operands = make([0], 6, 2, 1, 16, 64, F32, cache_dtype)
+    operands[2][0] = [-1, 5, 64, 2**31 - 1, -(2**31), 63]
     wanted = oracle.cached_attention(*operands)
     assert_agrees(by_the_letter(*operands), wanted)
 
@@ -373,6 +391,21 @@ def test_slots_that_no_token_reached_have_no_influence(kernel, starts, garbage):
     assert_same_bits(got[0], clean[0])
 
 
+@pytest.mark.parametrize("garbage", [7.0, 2.0**127, np.inf, np.nan])
+@pytest.mark.parametrize("starts", [[0, 62], [1022, 5]])
+def test_int8_slots_that_no_token_reached_have_no_influence(kernel, starts, garbage):
+    *tokens, keys, values, scales = make(starts, 4, 6, 2, 32, 1088, F32, INT8)
+    clean = by_call(*tokens, keys, values, scales)
+    slots = oracle.slots_of(keys)
+    values = values.swapaxes(3, 4).reshape(slots.shape).copy()
+    for b, start in enumerate(starts):
+        slots[b, :, start + 4 :] = -128
+        values[b, :, start + 4 :] = -128
+        scales[b, :, :, start + 4 :] = garbage
+    got = by_call(*tokens, oracle.blocks_of(slots), oracle.in_pairs(values), scales)
+    assert_same_bits(got[0], clean[0])
+
+
 def test_tokens_do_not_see_later_ones(kernel):
     """Not even times e^-87, which would make 5 of the largest value."""
     qkv, *rest = make([1020], 7, 6, 2, 48, 1088)
@@ -399,16 +432,18 @@ def test_a_bad_query_gives_nan_and_only_there(kernel, dtype, bad):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("slot", [0, 1019, 1022, 1024])
-@pytest.mark.parametrize("cache_dtype", [F32, BF16])
+@pytest.mark.parametrize("cache_dtype", [F32, BF16, INT8])
 def test_a_bad_key_gives_nan_where_it_is_seen(kernel, cache_dtype, slot, bad):
     """In slots of the cache (0, 1019) and in new tokens; seen from its position on."""
-    qkv, turn, positions, keys, values = make([1020, 1020], 7, 6, 2, 48, 1088, F32, cache_dtype)
-    clean = np.asarray(by_call(qkv, turn, positions, keys, values)[0]).reshape(2, 7, 2, 3, 48)
-    if slot < 1020:
-        keys[1, 0, slot // 16, 5, slot % 16] = bad
-    else:
+    qkv, turn, positions, *cache = make([1020, 1020], 7, 6, 2, 48, 1088, F32, cache_dtype)
+    clean = np.asarray(by_call(qkv, turn, positions, *cache)[0]).reshape(2, 7, 2, 3, 48)
+    if slot >= 1020:
         qkv[1, slot - 1020, 6 + 0, 5] = bad
-    got = by_call(qkv, turn, positions, keys, values)[0]
+    elif cache_dtype == INT8:
+        cache[2][1, 0, 0, slot] = bad
+    else:
+        cache[0][1, 0, slot // 64, 5, slot % 64] = bad
+    got = by_call(qkv, turn, positions, *cache)[0]
     got = np.array(got).reshape(2, 7, 2, 3, 48)
     seen = got[1, max(0, slot - 1020) :, 0]
     assert np.isnan(seen).all()
@@ -426,19 +461,101 @@ def test_a_nan_value_gives_nan_in_its_dimension(kernel):
     assert_same_bits(got, clean)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("slot", [1000, 1022])
+def test_a_bad_value_gives_nan_in_all_dimensions_of_an_int8_cache(kernel, bad, slot):
+    qkv, turn, positions, *cache = make([1020, 1020], 7, 6, 2, 48, 1088, F32, INT8)
+    clean = np.asarray(by_call(qkv, turn, positions, *cache)[0]).reshape(2, 7, 2, 3, 48)
+    if slot < 1020:
+        cache[2][1, 0, 1, slot] = bad
+    else:
+        qkv[1, slot - 1020, 6 + 2 + 0, 5] = bad
+    got = np.array(by_call(qkv, turn, positions, *cache)[0]).reshape(2, 7, 2, 3, 48)
+    seen = slice(max(0, slot - 1020), None)
+    assert np.isnan(got[1, seen, 0]).all()
+    got[1, seen, 0] = clean[1, seen, 0]
+    assert_same_bits(got, clean)
+
+
+# ---- what an int8 cache loses --------------------------------------------------------------------
+
+# Keys and values of every size, ties of rounding, zeros, and what is too small for a scale.
+SLOTS = {
+    "normal": np.random.default_rng(0).standard_normal(32),
+    "ties": np.arange(-16, 16) / 2 + 0.5 * np.eye(32)[0] * 95,
+    "one of 32": np.eye(32)[7] * 3e38,
+    "zero": np.zeros(32),
+    "tiny": np.full(32, 1e-38),
+    "around the smallest scale": 2.0**-94 * np.linspace(-1, 1, 32),
+    "absmax is a power of two": np.linspace(-1, 1, 32),
+    "127 exactly": np.arange(96, 128),
+    "just above 127": np.arange(96, 128) * (1 + 2.0**-20),
+    "NaN": np.where(np.arange(32) == 5, np.nan, 1),
+    "infinite": np.where(np.arange(32) == 31, -np.inf, 1),
+}
+
+
+@pytest.mark.parametrize("x", SLOTS.values(), ids=SLOTS)
+def test_codes_and_scales(kernel, x):
+    """Of the call and of the reference, to the bit; half a step off, and no step too wide."""
+    qkv, turn, positions, *cache = make([70], 1, 1, 1, 32, 128, F32, INT8)
+    turn[...] = np.repeat([1, 0], 16)
+    x = qkv[0, 0, 1:] = x.astype(F32)
+    with np.errstate(invalid="ignore"):  # 0 times an infinity
+        exact = oracle.store(qkv, turn, positions, *cache)
+    for run in (by_call, by_the_letter):
+        got = run(qkv, turn, positions, *cache)[1:]
+        for part, wanted in zip(got, exact, strict=True):
+            assert_same_bits(part, wanted)
+    if np.isfinite(x).all():
+        most = np.abs(x.astype(np.float64)).max()
+        scale = np.asarray(got[2]).astype(np.float64)[0, 0, :, 70]
+        assert (scale <= max(most / 127 * (1 + 2.0**-7), 2.0**-100)).all()
+        for part in oracle.numbers(*map(np.asarray, got)):
+            assert (np.abs(part[0, 0, 70] - x) <= scale.max() / 2 * (1 + 2.0**-14)).all()
+
+
+def test_the_error_of_an_int8_cache_is_within_its_bound(kernel):
+    """Against attention over what was not rounded: d scores off by sum |q| s_k / 2, hence weights
+    by e^(2d) - 1 of themselves, and mixed by half a step of values besides."""
+    T, H, G, h, S = 100, 4, 2, 64, 128
+    qkv, turn, positions, *cache = make([0], T, H, G, h, S, F32, INT8)
+    _, own_error, *cache = oracle.cached_attention(qkv, turn, positions, *cache)
+    turned = oracle.rotate(qkv[:, :, : H + G], turn).astype(np.float64)[0]
+    scale = cache[2].astype(np.float64)[0]
+    got = wide(by_call(qkv, turn, positions, *cache)[0])[0].reshape(T, H, h)
+    own_error = own_error.reshape(T, H, h)
+    seen = np.tril(np.ones((T, T), bool))
+    for head in range(H):
+        g = head // (H // G)
+        q, k, v = turned[:, head] / np.sqrt(h), turned[:, H + g], qkv[0, :, H + G + g].astype(float)
+        scores = np.where(seen, q @ k.T, -np.inf)
+        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        weights /= weights.sum(axis=1, keepdims=True)
+        off = np.abs(q).sum(axis=1, keepdims=True) * scale[g, 0, :T] / 2  # of each score
+        most = np.where(seen, off, 0).max(axis=1, keepdims=True)
+        # sum |w' - w| |v - mixed| and the values' own half steps, by weights of up to e^(2 most) w
+        grown = weights * np.exp(2 * most)
+        exact = weights @ v
+        spread = np.einsum("ts,tsd->td", weights, np.abs(v - exact[:, None]))
+        bound = np.expm1(2 * most) * spread + (grown @ scale[g, 1, :T] / 2)[:, None]
+        error = np.abs(got[:, head] - exact)
+        assert (error <= bound + own_error[:, head]).all()
+        assert error[1:].mean() > bound[1:].mean() / 300  # a bound, but of this very error
+
+
 # ---- in place, and under transformations ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("cache_dtype", [F32, BF16])
+@pytest.mark.parametrize("cache_dtype", [F32, BF16, INT8])
 def test_a_donated_cache_is_updated_in_place(cache_dtype):
     operands, exact = case((3, 60), 2, 4, 2, 32, 128, F32, cache_dtype)
-    donating = jax.jit(ffi.cached_attention, donate_argnums=(3, 4))
-    keys, values = (jnp.array(x) for x in operands[3:])
-    pointers = [x.unsafe_buffer_pointer() for x in (keys, values)]
-    got = donating(*operands[:3], keys, values)
+    donating = jax.jit(ffi.cached_attention, donate_argnums=(3, 4, 5)[: len(operands) - 3])
+    cache = [jnp.array(x) for x in operands[3:]]
+    pointers = [x.unsafe_buffer_pointer() for x in cache]
+    got = donating(*operands[:3], *cache)
     assert [x.unsafe_buffer_pointer() for x in got[1:]] == pointers
-    assert keys.is_deleted()
-    assert values.is_deleted()
+    assert all(x.is_deleted() for x in cache)
     assert_agrees(got, exact)
     # Nor was it copied between: nothing is allocated but arguments and results.
     compiled = donating.lower(*operands).compile()
@@ -446,9 +563,10 @@ def test_a_donated_cache_is_updated_in_place(cache_dtype):
     assert " copy(" not in compiled.as_text()
 
 
+@pytest.mark.parametrize("cache_dtype", [BF16, INT8])
 @pytest.mark.parametrize("jit", [jax.jit, lambda function: function], ids=["jit", "op by op"])
-def test_a_cache_that_is_not_donated_is_left_alone(jit):
-    operands, exact = case((3, 60), 2, 4, 2, 32, 128, F32, BF16)
+def test_a_cache_that_is_not_donated_is_left_alone(jit, cache_dtype):
+    operands, exact = case((3, 60), 2, 4, 2, 32, 128, F32, cache_dtype)
     operands = [jnp.array(x) for x in operands]
     before = [np.array(x) for x in operands]
     got = jit(ffi.cached_attention)(*operands)
@@ -459,9 +577,10 @@ def test_a_cache_that_is_not_donated_is_left_alone(jit):
         assert new.unsafe_buffer_pointer() != old.unsafe_buffer_pointer()
 
 
-def test_scan_and_while_loop():
+@pytest.mark.parametrize("cache_dtype", [BF16, INT8])
+def test_scan_and_while_loop(cache_dtype):
     """One token a step, the cache carried; the bits of all tokens at once."""
-    operands = make([61, 0], 6, 4, 2, 32, 128, F32, BF16)
+    operands = make([61, 0], 6, 4, 2, 32, 128, F32, cache_dtype)
     whole = by_call(*operands)
     tokens = [np.moveaxis(x, 1, 0)[:, :, None] for x in operands[:3]]
     cache = operands[3:]
@@ -544,14 +663,26 @@ def test_auto_is_the_reference_for_other_head_dimensions(h):
         attention(*operands), attention(*operands, impl="reference"), strict=True
     ):
         assert_same_bits(got, wanted)
-    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match=r"heads of 16\.\.512 dim"):
-        jax.block_until_ready(by_call(*operands))
+    with pytest.raises(ValueError, match=r"heads of 16\.\.512 dimensions"):
+        by_call(*operands)
 
 
 def test_auto_without_the_extension_is_the_reference(monkeypatch):
     monkeypatch.setattr(ffi, "available", lambda: False)
     fresh = jax.jit(lambda *operands: ops.cached_attention(*operands))
     assert "bitjax" not in fresh.lower(*make([0], 1, 2, 1, 16, 64)).as_text()
+
+
+@pytest.mark.parametrize("cache_dtype", [F32, BF16, INT8])
+def test_the_forced_kernel_runs_and_is_counted(kernel, cache_dtype):
+    operands = make([3], 2, 2, 1, 16, 64, F32, cache_dtype)
+    before, products = ffi.attention_calls(), ffi.kernel_calls()
+    jax.block_until_ready(by_call(*operands))
+    after = ffi.attention_calls()
+    assert {name: after[name] - before[name] for name in after if after[name] != before[name]} == {
+        kernel: 1
+    }
+    assert ffi.kernel_calls() == products
 
 
 # ---- errors --------------------------------------------------------------------------------------
@@ -561,10 +692,10 @@ ALL = {
     "qkv": np.ones((2, 3, 8, 16), F32),
     "turn": np.ones((2, 3, 16), F32),
     "positions": np.zeros((2, 3), np.int32),
-    "keys": np.ones((2, 2, 4, 16, 16), F32),
+    "keys": np.ones((2, 2, 1, 16, 64), F32),
     "values": np.ones((2, 2, 64, 16), F32),
     "mixed": ((2, 3, 64), F32),
-    "new_keys": ((2, 2, 4, 16, 16), F32),
+    "new_keys": ((2, 2, 1, 16, 64), F32),
     "new_values": ((2, 2, 64, 16), F32),
 }
 
@@ -604,31 +735,31 @@ def test_the_operands_of_the_error_tests_are_valid():
         ({"qkv": ones(2, 3, 8, 16, dtype=np.int8)}, "qkv: wanted f32 or bf16, got s8"),
         ({"turn": ones(2, 3, 16, dtype=BF16)}, "turn: wanted f32, got bf16"),
         ({"positions": np.zeros((2, 3), np.uint8)}, "positions: wanted s32, got u8"),
-        ({"keys": ones(2, 2, 4, 16, 16, dtype=np.int8)}, "keys: wanted f32 or bf16, got s8"),
+        ({"keys": ones(2, 2, 1, 16, 64, dtype=np.int8)}, "keys: wanted f32 or bf16, got s8"),
         ({"values": ones(2, 2, 64, 16, dtype=BF16)}, "values: wanted f32, got bf16"),
-        ({"keys": ones(2, 2, 4, 16, 16, dtype=BF16)}, "values: wanted bf16, got f32"),
+        ({"keys": ones(2, 2, 1, 16, 64, dtype=BF16)}, "values: wanted bf16, got f32"),
         ({"mixed": ((2, 3, 64), BF16)}, "result: wanted f32, got bf16"),
         ({"qkv": ones(2, 3, 8, 16, dtype=BF16)}, "result: wanted bf16, got f32"),
-        ({"new_keys": ((2, 2, 4, 16, 16), BF16)}, "new keys: wanted f32, got bf16"),
+        ({"new_keys": ((2, 2, 1, 16, 64), BF16)}, "new keys: wanted f32, got bf16"),
         ({"new_values": ((2, 2, 64, 16), BF16)}, "new values: wanted f32, got bf16"),
         # the cache
-        ({"keys": ones(2, 2, 64, 16)}, r"keys: wanted \[B, G, S/16, h, 16\], got \[2, 2, 64, 16\]"),
-        ({"keys": ones(2, 2, 8, 16, 8)}, r"keys: wanted .* got \[2, 2, 8, 16, 8\]"),
-        (with_cache((2, 2, 3, 16, 16), (2, 2, 48, 16)), r"keys: wanted slots in multiples of 64"),
-        ({"keys": ones(2, 1, 4, 16, 16)}, r"values: wanted \[2, 1, 64, 16\], got \[2, 2, 64, 16\]"),
-        ({"keys": ones(1, 2, 4, 16, 16)}, r"keys: wanted \[2, 2, 4, 16, 16\], got \[1, 2, 4"),
-        ({"keys": ones(2, 2, 4, 32, 16)}, r"keys: wanted \[2, 2, 4, 16, 16\], got \[2, 2, 4, 32"),
+        ({"keys": ones(2, 2, 64, 16)}, r"keys: wanted \[B, G, S/64, h, 64\], got \[2, 2, 64, 16\]"),
+        ({"keys": ones(2, 2, 4, 16, 16)}, r"keys: wanted .* got \[2, 2, 4, 16, 16\]"),
+        (with_cache((2, 2, 0, 16, 64), (2, 2, 0, 16)), "keys: wanted at least one block of slots"),
+        ({"keys": ones(2, 1, 1, 16, 64)}, r"values: wanted \[2, 1, 64, 16\], got \[2, 2, 64, 16\]"),
+        ({"keys": ones(1, 2, 1, 16, 64)}, r"keys: wanted \[2, 2, 1, 16, 64\], got \[1, 2, 1"),
+        ({"keys": ones(2, 2, 1, 32, 64)}, r"keys: wanted \[2, 2, 1, 16, 64\], got \[2, 2, 1, 32"),
         ({"values": ones(2, 2, 128, 16)}, r"values: wanted \[2, 2, 64, 16\], got \[2, 2, 128"),
         ({"values": ones(2, 64, 2, 16)}, r"values: wanted \[2, 2, 64, 16\], got \[2, 64, 2"),
         ({"values": ones(2, 2, 1024)}, r"values: wanted \[2, 2, 64, 16\], got \[2, 2, 1024\]"),
-        ({"new_keys": ((2, 2, 8, 16, 16), F32)}, r"result: .* cache's shape, got \[2, 2, 8"),
+        ({"new_keys": ((2, 2, 2, 16, 64), F32)}, r"result: .* cache's shape, got \[2, 2, 2"),
         ({"new_values": ((2, 2, 128, 16), F32)}, "result: wanted the cache's shape"),
         # tokens
         ({"qkv": ones(2, 3, 128)}, r"qkv: wanted \[B, T, H \+ 2G, h\], got \[2, 3, 128\]"),
         ({"qkv": ones(2, 3, 4, 16)}, r"qkv: wanted a multiple of the cache's 2 heads .*\[2, 3, 4"),
         ({"qkv": ones(2, 3, 7, 16)}, r"qkv: wanted a multiple of the cache's 2 heads .*\[2, 3, 7"),
         ({"qkv": ones(2, 3, 2, 16)}, r"qkv: wanted a multiple of the cache's 2 heads .*\[2, 3, 2"),
-        (with_cache((2, 0, 4, 16, 16), (2, 0, 64, 16)), r"qkv: wanted a multiple of the cache's 0"),
+        (with_cache((2, 0, 1, 16, 64), (2, 0, 64, 16)), r"qkv: wanted a multiple of the cache's 0"),
         ({"qkv": ones(2, 3, 8, 24)}, r"qkv: wanted heads of 16\.\.512 .*got \[2, 3, 8, 24\]"),
         ({"qkv": ones(2, 3, 8, 528)}, r"qkv: wanted heads of 16\.\.512 .*got \[2, 3, 8, 528\]"),
         ({"qkv": ones(2, 3, 8, 0)}, r"qkv: wanted heads of 16\.\.512 .*got \[2, 3, 8, 0\]"),
@@ -646,3 +777,81 @@ def test_the_handler_checks_every_operand(changes, message):
         (ValueError, jax.errors.JaxRuntimeError), match=f"bitjax_attention: {message}"
     ):
         call_with(changes)
+
+
+# An int8 cache of the same sizes.
+INT8_CACHE = {
+    "keys": np.ones((2, 2, 1, 8, 64, 2), INT8),
+    "values": np.ones((2, 2, 32, 16, 2), INT8),
+    "scales": np.ones((2, 2, 2, 64), BF16),
+}
+
+
+def call_int8_with(changes):
+    operands = {name: ALL[name] for name in ("qkv", "turn", "positions")} | INT8_CACHE | changes
+    results = [((2, 3, 64), F32), *((x.shape, x.dtype) for x in INT8_CACHE.values())]
+    for i, name in enumerate(("mixed", "new_keys", "new_values", "new_scales")):
+        results[i] = jax.ShapeDtypeStruct(*operands.pop(name, results[i]))
+    call = jax.ffi.ffi_call("bitjax_attention_int8", results, vmap_method="sequential")
+    return jax.block_until_ready(call(*map(jnp.asarray, operands.values())))
+
+
+def test_the_int8_operands_of_the_error_tests_are_valid():
+    mixed, *cache = call_int8_with({})
+    np.testing.assert_allclose(mixed, np.ones((2, 3, 64)), rtol=2.0**-7)
+    assert [(x.shape, x.dtype) for x in cache] == [(x.shape, x.dtype) for x in INT8_CACHE.values()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keys": ones(2, 2, 1, 8, 64, 2)}, "keys: wanted s8, got f32"),
+        ({"values": ones(2, 2, 32, 16, 2)}, "values: wanted s8, got f32"),
+        ({"scales": ones(2, 2, 2, 64)}, "scales: wanted bf16, got f32"),
+        ({"qkv": ones(2, 3, 8, 16, dtype=INT8)}, "qkv: wanted f32 or bf16, got s8"),
+        ({"keys": ones(2, 2, 1, 16, 64, dtype=INT8)},
+         r"keys: wanted \[B, G, S/64, h/2, 64, 2\], got \[2, 2, 1, 16, 64\]"),
+        ({"keys": ones(2, 2, 1, 16, 64, 1, dtype=INT8)}, r"keys: wanted .* got .*64, 1\]"),
+        ({"keys": ones(2, 2, 1, 16, 64, 2, dtype=INT8)}, r"keys: wanted \[2, 2, 1, 8, 64, 2\]"),
+        ({"values": ones(2, 2, 64, 16, dtype=INT8)}, r"values: wanted \[2, 2, 32, 16, 2\], got"),
+        ({"scales": ones(2, 2, 64, 2, dtype=BF16)}, r"scales: wanted \[2, 2, 2, 64\], got"),
+        ({"new_scales": ((2, 2, 2, 64), F32)}, "new scales: wanted bf16, got f32"),
+        ({"new_scales": ((2, 2, 2, 128), BF16)}, "result: wanted the cache's shape"),
+    ],
+)  # fmt: skip
+def test_the_int8_handler_checks_every_operand(changes, message):
+    with pytest.raises(
+        (ValueError, jax.errors.JaxRuntimeError), match=f"bitjax_attention_int8: {message}"
+    ):
+        call_int8_with(changes)
+
+
+@pytest.mark.parametrize("impl", ["auto", "ffi", "reference"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"qkv": ones(2, 3, 128)}, r"qkv wanted \[B, T, H \+ 2G, h\], got \[2, 3, 128\]"),
+        ({"qkv": ones(2, 3, 8, 16, dtype=INT8)}, r"qkv wanted float32 or bfloat16\[2, 3, 8, 16\]"),
+        ({"qkv": ones(2, 3, 4, 16)}, "qkv has 4 heads; wanted a multiple of the cache's 2 key"),
+        ({"qkv": ones(2, 3, 7, 16)}, "qkv has 7 heads; wanted a multiple of the cache's 2 key"),
+        ({"turn": ones(2, 3, 8)}, r"turn wanted float32\[2, 3, 16\], got float32\[2, 3, 8\]"),
+        ({"turn": ones(2, 3, 16, dtype=BF16)}, "turn wanted float32.* got bfloat16"),
+        ({"positions": np.zeros((2, 2), np.int32)}, r"positions wanted int32\[2, 3\], got int32"),
+        ({"positions": np.zeros((2, 3), np.uint8)}, r"positions wanted int32\[2, 3\], got uint8"),
+        ({"keys": ones(2, 2, 4, 16, 16)}, r"keys wanted .*\[2, 2, 4, 16, 64\], got float32"),
+        ({"keys": ones(2, 2, 64, 16)}, r"keys wanted \[B, G, S/64, h, 64\], got \[2, 2, 64, 16\]"),
+        ({"keys": ones(2, 2, 1, 16, 64, dtype=INT8)}, "keys wanted float32 or bfloat16.* got int8"),
+        ({"keys": ones(2, 2, 0, 16, 64)}, "the cache has no slots"),
+        ({"values": ones(2, 2, 64, 16, dtype=BF16)}, "values wanted float32.* got bfloat16"),
+        ({"values": ones(2, 2, 128, 16)}, r"values wanted float32\[2, 2, 64, 16\], got"),
+        (INT8_CACHE | {"keys": ones(2, 2, 1, 8, 64, 2)}, "keys wanted int8.* got float32"),
+        (INT8_CACHE | {"keys": ALL["keys"]}, r"keys wanted \[B, G, S/64, h/2, 64, 2\], got"),
+        (INT8_CACHE | {"values": ALL["values"]}, r"values wanted int8\[2, 2, 32, 16, 2\], got"),
+        (INT8_CACHE | {"scales": ones(2, 2, 2, 64)}, r"scales wanted bfloat16\[2, 2, 2, 64\], got"),
+        (INT8_CACHE | {"more": ones(1)}, "the cache is keys and values, .* got 4 arrays"),
+    ],
+)  # fmt: skip
+def test_shapes_are_checked_when_a_program_is_traced(changes, message, impl):
+    operands = {name: ALL[name] for name in list(ALL)[:5]} | changes
+    with pytest.raises(ValueError, match=f"cached_attention: {message}"):
+        jax.eval_shape(functools.partial(ops.cached_attention, impl=impl), *operands.values())
