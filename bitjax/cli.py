@@ -389,7 +389,10 @@ def _bench(arguments: argparse.Namespace) -> None:
     elif arguments.rounds < 1 or min((1, *arguments.prompt, *arguments.batch)) < 1:
         raise ValueError("rounds, prompt lengths and batch sizes must be 1 or more")
     else:
-        bench_model(arguments.model, arguments.prompt, arguments.batch, rivals, arguments.rounds)
+        bench_model(
+            arguments.model, arguments.prompt, arguments.context, arguments.batch, rivals,
+            arguments.rounds, arguments.cache,
+        )  # fmt: skip
 
 
 def _refuse_to_replace(arguments: argparse.Namespace) -> None:

@@ -126,6 +126,7 @@ def test_convert_to_every_format(trained, tmp_path, capsys, bits, tables):
     assert ("head" in names) != packed_table
     if tables == "int4":
         assert run("generate", path, "--prompt", "ab", "--max-new-tokens", 2) == 0
+        assert run("generate", path, "--max-new-tokens", 2, "--cache", "int8") == 0
         assert "2 tokens" in capsys.readouterr().out
         assert run("inspect", path) == 0
         out = capsys.readouterr().out
@@ -260,9 +261,9 @@ def test_dummy_model_and_its_benchmark(tmp_path, capsys, monkeypatch):
     rival = f"other={program},{path}"
     assert run("bench", path, "--prompt", 20, "--batch", 3, "--rounds", 2, "--against", rival) == 0
     document = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert set(document["results"]) == {"decode", "prompt 20", "batch 3"}
+    assert set(document["results"]) == {"decode", "prompt 20", "context 128", "batch 3"}
     assert document["rivals"]["other"] == {
-        "decode": [8.0, 8.0], "prompt 20": [2.0, 2.0], "batch 3": []
+        "decode": [8.0, 8.0], "prompt 20": [2.0, 2.0], "context 128": [], "batch 3": []
     }  # fmt: skip
     for name, theirs in (("decode", 8.0), ("prompt 20", 2.0)):
         result = document["results"][name]
@@ -275,6 +276,19 @@ def test_dummy_model_and_its_benchmark(tmp_path, capsys, monkeypatch):
     fails(capsys, "there is no file", "bench", path, "--against", f"x={program},{path}.gguf")
     fails(capsys, "is not NAME=LLAMA_BENCH", "bench", path, "--against", "x")
     fails(capsys, "no room in the context of 128", "bench", path, "--prompt", 128)
+    fails(capsys, "more than the 6 tokens that are decoded", "bench", path, "--context", 6)
+    limits = {}
+    for cache in ("float32", "bfloat16", "int8"):
+        assert run("bench", path, "--cache", cache, "--prompt", "--batch", "--context", 64, 128,
+                   "--rounds", 1) == 0  # fmt: skip
+        document = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+        assert document["cache"] == cache
+        read = document["read_gb_per_s"][0] * 1e9
+        seconds = [1 / document["results"][f"context {C}"]["limit"] for C in (64, 128)]
+        limits[cache] = read * (seconds[1] - seconds[0]) / 64
+    # A layer, a key head, 16 dimensions, keys and values.
+    wanted = {"float32": 128, "bfloat16": 64, "int8": 32 + 4}
+    assert limits == pytest.approx(wanted)
     program.write_text("#!/bin/sh\necho 'error: no such model' >&2\nexit 1\n")
     fails(capsys, "failed: error: no such model", "bench", path, "--prompt", 20, "--batch", 1,
           "--rounds", 1, "--against", rival)  # fmt: skip

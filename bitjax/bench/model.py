@@ -4,6 +4,7 @@ The measured quantities, as other engines' benchmarks have them:
 
     decode      tokens/s of one sequence, each token fed back, from a short context
     prompt P    tokens/s of a prompt of P tokens, up to the first drawn token
+    context C   tokens/s of one sequence over the last tokens before position C
     batch B     tokens/s of B sequences together while decoding, after prompts of 128 tokens
 
 The floor of a decoded token is the bytes that it must read (packed layers, norms, head and cache)
@@ -29,43 +30,54 @@ from bitjax import terminal
 from bitjax.bench.ceilings import dot_peak, read_bandwidth, threads
 from bitjax.bench.machine import machine
 from bitjax.bench.rivals import Rival
+from bitjax.config import CacheDType
 from bitjax.infer import Generator, SamplingParams
 from bitjax.model import Transformer, bit_linears
 from bitjax.model.files import load_model
+from bitjax.ops.reference import KEY_BLOCK
 
 DECODED = 64  # tokens a decode round times
 BATCH_PROMPT, BATCH_DECODED = 128, 32
 SHORT_PROMPT = 16
+LONG_CONTEXT = 4096
 
 
 def bench_model(
     path: Path,
     prompts: Sequence[int],
+    contexts: Sequence[int] | None,
     batches: Sequence[int],
     rivals: Sequence[Rival],
     rounds: int,
+    cache_dtype: CacheDType = "bfloat16",  # other engines: float16
 ) -> dict[str, Any]:
     """Print a table of rates, their spread and fraction of each limit; then one line of JSON.
 
     Args:
         path: a packed model file.
         prompts: prompt lengths.
+        contexts: positions that one sequence is decoded up to; None: 4,096, or the model's limit.
         batches: numbers of sequences.
         rivals: other engines, which take their turn in every round.
         rounds: interleaved repetitions; medians are reported.
+        cache_dtype: of keys and values.
 
     Raises:
         ValueError: not a model file, a prompt beyond the context, or an engine that fails.
     """
     started = time.perf_counter()
     model = load_model(path, check=False)
-    generator = Generator(model, cache_dtype="bfloat16")  # other engines: float16
+    generator = Generator(model, cache_dtype)
     loaded = time.perf_counter() - started
     _decode(generator, 1, SHORT_PROMPT, 2)
     first_token = time.perf_counter() - started
     works: dict[str, Any] = {"decode": lambda: _decode(generator, 1, SHORT_PROMPT, DECODED)}
     for P in prompts:
         works[f"prompt {P}"] = lambda P=P: _prompt(generator, P)
+    if contexts is None:
+        contexts = [min(LONG_CONTEXT, model.config.max_seq_len)]
+    for C in contexts:
+        works[f"context {C}"] = lambda C=C: _decode(generator, 1, C - DECODED - 2, DECODED)
     for B in batches:
         works[f"batch {B}"] = lambda B=B: _decode(generator, B, BATCH_PROMPT, BATCH_DECODED)
     for work in works.values():
@@ -85,7 +97,7 @@ def bench_model(
                 rate = rival.measure(name, threads())
                 if rate is not None:
                     theirs[rival.name][name].append(rate)
-    limits = _limits(model, statistics.median(read), statistics.median(peak))
+    limits = _limits(model, cache_dtype, statistics.median(read), statistics.median(peak))
     results = {
         name: {
             "tokens_per_s": statistics.median(values),
@@ -103,6 +115,7 @@ def bench_model(
     document = {
         **machine(),
         "model": path.name,
+        "cache": cache_dtype,
         "file_bytes": path.stat().st_size,
         "load_s": loaded,
         "first_token_s": first_token,
@@ -139,29 +152,35 @@ def _prompt(generator: Generator, length: int) -> float:
 
 def _random_prompts(generator: Generator, sequences: int, length: int) -> list[list[int]]:
     limit = generator.config.max_seq_len
+    if length < 1:
+        raise ValueError(f"a context must be more than the {DECODED + 2} tokens that are decoded")
     if length >= limit:
         raise ValueError(f"a prompt of {length} tokens leaves no room in the context of {limit}")
     rng = np.random.default_rng(0)
     return rng.integers(0, generator.config.vocab_size, (sequences, length)).tolist()
 
 
-def _limits(model: Transformer, read: float, peak: float) -> Any:
+def _limits(model: Transformer, cache_dtype: CacheDType, read: float, peak: float) -> Any:
     """The most tokens per second that each kind of work can reach on this machine."""
     config = model.config
     layers = sum(layer.weight.get_value().nbytes for _, layer in bit_linears(model))
     head = (model.embedding if model.head is None else model.head).get_value()
     head_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(head))
     weights = sum(np.prod(layer.weight.get_value().shape) for _, layer in bit_linears(model))
-    cache_slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2
+    cache = jax.eval_shape(lambda: model.empty_cache(1, KEY_BLOCK, cache_dtype))
+    cache_slot = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) / KEY_BLOCK
     head_weights = config.vocab_size * config.hidden_size
 
     def limit(name: str) -> float:
         kind, _, size = name.partition(" ")
         if kind == "prompt":
             return peak / (2 * float(weights))
-        sequences, context = (1, SHORT_PROMPT) if kind == "decode" else (int(size), BATCH_PROMPT)
-        half = (DECODED if kind == "decode" else BATCH_DECODED) / 2
-        moved = layers + head_bytes + sequences * cache_slot * (context + half)
+        sequences, slots = {
+            "decode": lambda: (1, SHORT_PROMPT + DECODED / 2),
+            "context": lambda: (1, int(size) - DECODED / 2),
+            "batch": lambda: (int(size), BATCH_PROMPT + BATCH_DECODED / 2),
+        }[kind]()
+        moved = layers + head_bytes + sequences * cache_slot * slots
         work = 2 * sequences * float(weights + head_weights)
         return sequences / max(moved / read, work / peak)
 

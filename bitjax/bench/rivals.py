@@ -48,9 +48,12 @@ class Rival:
             ValueError: the program fails or prints no JSON.
         """
         kind, _, size = work.partition(" ")
-        if kind == "batch":
+        if kind in ("batch", "context"):  # older ones cannot begin at a depth
             return None
-        sizes = ("-p", "0", "-n", "64") if kind == "decode" else ("-p", size, "-n", "0")
+        sizes = {
+            "decode": ("-p", "0", "-n", "64"),
+            "prompt": ("-p", size, "-n", "0"),
+        }[kind]
         command = [str(self.program), "-m", str(self.model), "-t", str(threads), *sizes,
                    "-r", "1", "-o", "json", *self.flags]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -135,6 +135,22 @@ def test_implementations_give_the_same_text(form):
     assert len(set(ffi.text)) >= 6
 
 
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
+def test_a_cache_of_another_dtype(cache_dtype):
+    """It is what is asked for; together as alone, and by the custom call as by the reference."""
+    gen = Generator(tiny("packed"), cache_dtype)
+    cache = gen._empty_cache(1, 65)[0]
+    assert cache.keys.dtype == cache.values.dtype == cache_dtype
+    assert cache.values.size == 128 * gen.config.num_kv_heads * gen.config.head_dim
+    texts = [completion.text for completion in gen.generate(PROMPTS, GREEDY)]
+    assert texts == [gen.generate([prompt], GREEDY)[0].text for prompt in PROMPTS]
+    reference = Generator(changed(tiny("packed"), impl="reference"), cache_dtype)
+    first = [completion.text[0] for completion in reference.generate(PROMPTS, GREEDY)]
+    assert [text[0] for text in texts] == first
+    exact = [completion.text for completion in generator("packed").generate(PROMPTS, GREEDY)]
+    assert sum(a[0] == b[0] for a, b in zip(texts, exact, strict=True)) >= len(PROMPTS) - 1
+
+
 def test_bfloat16_follows_float32():
     model = changed(tiny("packed"))
     model.dtype = jnp.dtype("bfloat16")
