@@ -276,7 +276,8 @@ def test_dummy_model_and_its_benchmark(tmp_path, capsys, monkeypatch):
     fails(capsys, "there is no file", "bench", path, "--against", f"x={program},{path}.gguf")
     fails(capsys, "is not NAME=LLAMA_BENCH", "bench", path, "--against", "x")
     fails(capsys, "no room in the context of 128", "bench", path, "--prompt", 128)
-    fails(capsys, "more than the 6 tokens that are decoded", "bench", path, "--context", 6)
+    fails(capsys, "more than the 6 tokens that are decoded", "bench", path, "--prompt",
+          "--context", 6)  # fmt: skip
     limits = {}
     for cache in ("float32", "bfloat16", "int8"):
         assert run("bench", path, "--cache", cache, "--prompt", "--batch", "--context", 64, 128,
