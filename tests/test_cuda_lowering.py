@@ -33,7 +33,7 @@ def test_evaluation(form, dtype):
     check(traced, 0 if packed is None else 8 + (packed[1] != "float32"))
 
 
-@pytest.mark.parametrize("tables", ["float32", "int4"])
+@pytest.mark.parametrize("tables", ["float32", "int4", "screened"])
 def test_packed_prefill_and_decode(tables):
     generator = Generator(pack_model(tiny_model(), tables=tables))
     products = 8 + (tables != "float32")

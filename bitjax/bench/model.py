@@ -149,7 +149,8 @@ def _limits(model: Transformer, read: float, peak: float) -> Any:
     """The most tokens per second that each kind of work can reach on this machine."""
     config = model.config
     layers = sum(layer.weight.get_value().nbytes for _, layer in bit_linears(model))
-    head = (model.embedding if model.head is None else model.head).get_value()
+    # Of a screened head, a token reads the screen and little of the table.
+    head = (model.screen or model.head or model.embedding).get_value()
     head_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(head))
     weights = sum(np.prod(layer.weight.get_value().shape) for _, layer in bit_linears(model))
     cache_slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2

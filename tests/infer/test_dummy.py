@@ -4,6 +4,7 @@ import json
 import os
 import tracemalloc
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import packing_oracle
@@ -11,6 +12,7 @@ import pytest
 from tiny import tiny_config
 
 from bitjax.infer import dummy
+from bitjax.infer.convert import make_screen
 from bitjax.infer.dummy import write_dummy
 from bitjax.model.files import load_model
 from bitjax.packing import PackedWeights
@@ -350,3 +352,15 @@ def test_a_place_that_cannot_be_written_is_an_error(tmp_path):
     path = tmp_path / "nowhere" / "model.safetensors"
     with pytest.raises(ValueError, match=r"cannot write .*nowhere.*No such file or directory"):
         write_dummy(path, ODD)
+
+
+@pytest.mark.parametrize("config", [ODD, LARGE], ids=["untied", "tied"])
+def test_the_screen_is_that_of_the_head(tmp_path, config):
+    write_dummy(tmp_path / "a", config, "ternary2", "screened")
+    model = load_model(tmp_path / "a")
+    table = np.asarray((model.head or model.embedding).get_value())
+    assert table.dtype == jnp.bfloat16
+    wanted = make_screen(table[i : i + 512] for i in range(0, len(table), 512))
+    for got, leaf in zip(jax.tree.leaves(model.screen.get_value()), jax.tree.leaves(wanted),
+                         strict=True):  # fmt: skip
+        np.testing.assert_array_equal(got, leaf)
