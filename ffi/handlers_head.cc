@@ -1,29 +1,30 @@
-// The custom call of a screened head: approximate logits of every token come in, and those that may be
-// among the largest are computed exactly from a bfloat16 table, which is read for them alone.
+// The custom call of a screened head: approximate logits of every token come in, and those that may
+// be among the largest are computed exactly from a bfloat16 table, which is read for them alone.
 // Names of dimensions: M rows of activations, D inputs, V tokens.
 //
 //   bitjax_screened_logits
 //     x f32            [M, D]
-//     parts f32        [M, 2, E]   their sum is expand(x), nearly; the screen was multiplied with them
+//     parts f32        [M, 2, E]   their sum is expand(x), nearly: the screen's operands
 //     approximate f32  [M, 2, V]   parts times the screen
 //     table bf16       [V, D]
 //     dither f32       [D]
 //     scale f32        [V]         of the screen's rows; 15 times it is a row's largest step
 //     spreads f32      [V]         fourth root of the sum of a row's steps to the fourth
 //     norms f32        [V]         of a table's row or the screen's, whichever is longer
-//     ranks s32        [M]         how many of the largest logits must be exact; 1..V, else the nearest
+//     ranks s32        [M]         how many of the largest logits must be exact; 1..V, or the nearest
 //     -> logits f32 [M, V], computed s32 [M]: how many of them are exact
 //
-// E = 32 ceil(D / 31): groups of 31 inputs of x, and after each minus their product with the dither over
-// 7. bitjax/packing.py (Screen) says why, bitjax/ops/reference.py derives the bound: with x_g the
-// groups of x and p the sum of the parts, but for a chance of 2^-60
+// E = 32 ceil(D / 31): groups of 31 inputs of x, and after each minus their product with the dither
+// over 7. bitjax/packing.py (Screen) says why, bitjax/ops/reference.py derives the bound: with x_g
+// the groups of x and p the sum of the parts, but for a chance of 2^-60
 //
 //   |approximate[v] - table[v] . x| <= c min(15 scale_v |x|, spread_v (sum_g |x_g|^4)^(1/4))
 //                                      + norm_v (|expand(x) - p| + rounding)
 //
 // A threshold is the rank-th largest exact logit of the likeliest 2 * rank tokens: no more than that
 // of all. Every token whose approximation plus bound reaches it is computed; the others keep their
-// approximation, which is below it. Sums over x are in double and a logit is what dot_bf16 gives, so that results depend neither on threads nor on kernels.
+// approximation, which is below it. Sums over x are in double and a logit is what dot_bf16 gives, so
+// that results depend neither on threads nor on kernels.
 
 #include <algorithm>
 #include <cfloat>
@@ -42,7 +43,8 @@
 namespace bitjax {
 namespace {
 
-constexpr int64_t kGroupInputs = spec(Layout::kInt4).group_blocks * spec(Layout::kInt4).block_inputs();
+constexpr int64_t kGroupInputs =
+    spec(Layout::kInt4).group_blocks * spec(Layout::kInt4).block_inputs();
 constexpr int64_t kScreenGroup = kGroupInputs - 1;
 constexpr double kDitherCode = 7;
 constexpr double kMaxMultiplier = 15;
@@ -62,8 +64,8 @@ constexpr int64_t kChunkCandidates = 8;
 // Tokens that are compared with a threshold before anybody asks for the outcome: whole vectors.
 constexpr int64_t kBlockTokens = 64;
 
-// Rows of the table are asked for this many rows before they are needed: the hardware knows nothing of
-// where the next row begins.
+// Rows of the table are asked for this many rows before they are needed: the hardware knows nothing
+// of where the next row begins.
 constexpr int64_t kRowsAhead = 2;
 constexpr int64_t kLineValues = 32;  // of bfloat16, in a cache line
 
@@ -73,8 +75,8 @@ struct Shape {
   int64_t chunks() const { return (V + kChunkTokens - 1) / kChunkTokens; }
 };
 
-Shape shape_of(Dims x, Dims parts, Dims approximate, Dims table, Dims dither, Dims scale, Dims spreads,
-               Dims norms, Dims ranks, Dims logits, Dims computed) {
+Shape shape_of(Dims x, Dims parts, Dims approximate, Dims table, Dims dither, Dims scale,
+               Dims spreads, Dims norms, Dims ranks, Dims logits, Dims computed) {
   if (x.size() != 2 || x[1] == 0) throw wrong("x", "[M, D]", text(x));
   if (table.size() != 2 || table[0] == 0) throw wrong("table", "[V, D]", text(table));
   const Shape s{x[0], x[1], table[0]};
@@ -132,8 +134,8 @@ Bound bound_of(const float* x, const float* parts, const float* dither, const Sh
     squares += group;
     fourths += group * group;
   }
-  // A logit, and the products with both parts, are rounded D + 8 times at most, and a few times more
-  // while they are scaled and added. Products below FLT_MIN may become zero.
+  // A logit, and the products with both parts, are rounded D + 8 times at most, and a few times
+  // more while they are scaled and added. Products below FLT_MIN may become zero.
   const double rounding = static_cast<double>(s.D + 64) * 0x1p-24;
   const double norm = std::sqrt(rest_squares) +
                       rounding * (std::sqrt(squares) + 2 * std::sqrt(part_squares));
@@ -216,7 +218,8 @@ struct Call {
   }
 
   // Computes every token of [first, last) that may reach the threshold; returns their number.
-  int64_t refine(int64_t m, const Bound& bound, float threshold, int64_t first, int64_t last) const {
+  int64_t refine(int64_t m, const Bound& bound, float threshold, int64_t first,
+                 int64_t last) const {
     float* logit = logits + m * s.V;
     const auto below = [&](int64_t v) {  // false if anything is NaN
       const float step = std::min(bound.scale * scale[v], bound.spread * spreads[v]);
@@ -255,7 +258,8 @@ void run(ffi::ThreadPool pool, const Call& call, const int32_t* ranks, int32_t* 
   int64_t most = 0;
   for (int64_t m = 0; m < s.M; ++m) {
     const auto i = static_cast<size_t>(m);
-    bounds[i] = bound_of(call.x + m * s.D, call.parts + 2 * m * s.groups() * kGroupInputs, call.dither, s);
+    bounds[i] = bound_of(call.x + m * s.D, call.parts + 2 * m * s.groups() * kGroupInputs,
+                         call.dither, s);
     rank[i] = std::clamp<int64_t>(ranks[m], 1, s.V);
     most = std::max(most, rank[i]);
   }

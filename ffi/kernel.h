@@ -130,8 +130,8 @@ using FindNonZero = int64_t (*)(const int8_t* q, int64_t k, int32_t* input, int8
 // [k][64], 0 <= input_i < k. May ask for, but does not read, what follows the tile.
 using ColumnProduct = void (*)(const uint8_t* tile, int64_t k, const SparseRow& x, int32_t* out);
 
-// sum_i x_i w_i of k values of float32 and bfloat16, in float32 and in an order that every kernel keeps
-// (rows.h): each value passes through at most k + 8 roundings.
+// sum_i x_i w_i of k values of float32 and bfloat16, in float32 and in an order that every kernel
+// keeps (rows.h): each value passes through at most k + 8 roundings.
 using DotBf16 = float (*)(const float* x, const uint16_t* w, int64_t k);
 
 // For measuring the machine: `rounds` rounds of independent dot products in registers, returning how

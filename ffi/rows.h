@@ -123,8 +123,8 @@ inline void rms_norm(const float* x, int64_t k, const float* scale, float eps, f
   for (i = 0; i < k; ++i) y[i] = x[i] * inverse * scale[i];
 }
 
-// sum_i x_i w_i, bfloat16 w as its bits. Every product and sum is rounded, so the result depends on the
-// order: four vectors of sums, the last k % 64 values going to the first of them.
+// sum_i x_i w_i, bfloat16 w as its bits. Every product and sum is rounded, so the result depends on
+// the order: four vectors of sums, the last k % 64 values going to the first of them.
 inline float dot_bf16(const float* x, const uint16_t* w, int64_t k) {
   constexpr int kSums = 4;  // an addition's latency, in additions of one a cycle
   typedef uint16_t Bits16 __attribute__((vector_size(32)));

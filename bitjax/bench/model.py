@@ -150,7 +150,7 @@ def _limits(model: Transformer, read: float, peak: float) -> Any:
     config = model.config
     layers = sum(layer.weight.get_value().nbytes for _, layer in bit_linears(model))
     # Of a screened head, a token reads the screen and little of the table.
-    head = (model.screen or model.head or model.embedding).get_value()
+    head = next(p for p in (model.screen, model.head, model.embedding) if p is not None).get_value()
     head_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(head))
     weights = sum(np.prod(layer.weight.get_value().shape) for _, layer in bit_linears(model))
     cache_slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2

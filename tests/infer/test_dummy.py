@@ -358,7 +358,7 @@ def test_a_place_that_cannot_be_written_is_an_error(tmp_path):
 def test_the_screen_is_that_of_the_head(tmp_path, config):
     write_dummy(tmp_path / "a", config, "ternary2", "screened")
     model = load_model(tmp_path / "a")
-    table = np.asarray((model.head or model.embedding).get_value())
+    table = np.asarray((model.embedding if model.head is None else model.head).get_value())
     assert table.dtype == jnp.bfloat16
     wanted = make_screen(table[i : i + 512] for i in range(0, len(table), 512))
     for got, leaf in zip(jax.tree.leaves(model.screen.get_value()), jax.tree.leaves(wanted),
