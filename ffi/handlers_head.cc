@@ -11,7 +11,7 @@
 //     scale f32        [V]         of the screen's rows; 15 times it is a row's largest step
 //     spreads f32      [V]         fourth root of the sum of a row's steps to the fourth
 //     norms f32        [V]         of a table's row or the screen's, whichever is longer
-//     ranks s32        [M]         how many of the largest logits must be exact; 1..V, or the nearest
+//     ranks s32        [M]         how many of the largest logits shall be exact, in 1..V
 //     -> logits f32 [M, V], computed s32 [M]: how many of them are exact
 //
 // E = 32 ceil(D / 31): groups of 31 inputs of x, and after each minus their product with the dither
@@ -21,10 +21,10 @@
 //   |approximate[v] - table[v] . x| <= c min(15 scale_v |x|, spread_v (sum_g |x_g|^4)^(1/4))
 //                                      + norm_v (|expand(x) - p| + rounding)
 //
-// A threshold is the rank-th largest exact logit of the likeliest 2 * rank tokens: no more than that
+// A threshold is the rank-th largest exact logit of the likeliest 2 * rank tokens: at most that
 // of all. Every token whose approximation plus bound reaches it is computed; the others keep their
-// approximation, which is below it. Sums over x are in double and a logit is what dot_bf16 gives, so
-// that results depend neither on threads nor on kernels.
+// approximation, which is below it. Sums over x are in double, a logit is what dot_bf16 gives: so
+// results depend neither on threads nor on kernels.
 
 #include <algorithm>
 #include <cfloat>
