@@ -40,9 +40,9 @@ def test_packed_prefill_and_decode(tables):
     settings = SamplingArrays.stack([SamplingParams(top_k=3)])
     cache = generator._empty_cache(1, 16)
     arguments = (np.zeros((1, 16), np.int32), np.array([3], np.int32), cache, settings)
-    check(generator._prefill.trace(generator._params, *arguments), products)
-    state = jax.eval_shape(generator._prefill, generator._params, *arguments)
-    check(generator._decode.trace(generator._params, state, settings), products)
+    check(generator._prefill.trace(generator._leaves, *arguments), products)
+    drawn, state = jax.eval_shape(generator._prefill, generator._leaves, *arguments)
+    check(generator._decode.trace(generator._leaves, state, drawn, settings), products)
 
 
 def check(traced, products):
