@@ -16,8 +16,8 @@ block, byte `4*r + j` holds for row r and each plane s the code of column `4*s +
 bits 2s and 2s+1, int4 in the bits 4s..4s+3, ternary1.6 as digit s of a number in base 3. Rows and
 columns beyond the matrix hold weight zero; int4 has whole groups of 32 columns.
 
-A ternary matrix may be stored by columns as well (`with_columns`): uint8 `[column tiles, columns, 64]`,
-where byte b of tile t holds for each plane s the code of row `(t * planes + s) * 64 + b`.
+A ternary matrix may be stored by columns as well (`with_columns`): uint8 `[column tiles, columns,
+64]`, where byte b of tile t holds for each plane s the code of row `(t * planes + s) * 64 + b`.
 
 So one 64-byte vector load brings four columns of sixteen rows per plane: every 32-bit lane is a
 row, and a four-byte dot product with the same four activations in every lane advances all sixteen
@@ -76,6 +76,8 @@ LAYOUTS: dict[LayoutName, Layout] = {
     "int8": Layout(3, base=256, planes=1, offset=128, low=-127, high=127),
 }
 GROUP = LAYOUTS["int4"].group_blocks * LAYOUTS["int4"].block_cols  # columns that share a multiplier
+SCREEN_GROUP = GROUP - 1  # columns of a screened table in a group
+DITHER_CODE = 7  # the largest code, so that the input it meets stays small
 MAX_MULTIPLIER = 15  # so that |w * multiplier| <= 120 fits int8
 
 
@@ -111,6 +113,56 @@ class PackedWeights:
     def nbytes(self) -> int:
         """Bytes of codes, scales, multipliers and columns."""
         return sum(int(leaf.nbytes) for leaf in jax.tree.leaves(self))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Screen:
+    """A small form of a table and what bounds its error (`bitjax.ops.screened_logits`). A pytree.
+
+    Groups of 31 columns of the table share a step, `multiplier * scale`. A column that holds
+    `DITHER_CODE` follows each of them; it takes the dither of the group along:
+
+        screen . expand(x) = sum_d (code_d - dither_d) step_d x_d
+        expand(x)          = for each group its x_d, then -(sum_d dither_d x_d) / DITHER_CODE
+
+    Attributes:
+        weights: int4 `[rows, 32 * groups]`, codes of `bitjax.quant.int4_dithered`.
+        dither: float32 `[columns of the table]` in [-1/2, 1/2).
+        spreads: float32 `[rows]`, `(sum_g step_g^4)^(1/4)`.
+        norms: float32 `[rows]`, the length of the table's row or of its screen, the larger one.
+    """
+
+    weights: PackedWeights
+    dither: jax.Array
+    spreads: jax.Array
+    norms: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the table."""
+        return self.weights.rows, self.dither.shape[0]
+
+    def expand(self, x: jax.Array) -> jax.Array:
+        """Float32 `[..., D]` to `[..., 32 * groups]`, what `weights` is multiplied with."""
+        groups = self.weights.cols // GROUP
+        pad = [(0, 0)] * (x.ndim - 1) + [(0, groups * SCREEN_GROUP - x.shape[-1])]
+        dither = self.dither.reshape((1,) * (x.ndim - 1) + (-1,))
+        x, dithered = (
+            jnp.pad(t, pad).reshape(*x.shape[:-1], groups, SCREEN_GROUP) for t in (x, x * dither)
+        )
+        last = dithered.sum(-1, keepdims=True) * (-1 / DITHER_CODE)
+        return jnp.concatenate([x, last], axis=-1).reshape(*x.shape[:-2], self.weights.cols)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales, multipliers, dither, spreads and norms."""
+        return sum(int(leaf.nbytes) for leaf in jax.tree.leaves(self))
+
+
+def expanded_cols(cols: int) -> int:
+    """Columns of a screen's weights, for a table of `cols`."""
+    return -(-cols // SCREEN_GROUP) * GROUP
 
 
 def packed_shape(layout: LayoutName, rows: int, cols: int) -> tuple[int, int, int]:

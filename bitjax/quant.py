@@ -20,7 +20,7 @@ Sources: ternary and int8, "The Era of 1-bit LLMs: Training Tips, Code and FAQ" 
 figures 3 and 4; binary, BitNet (arXiv 2310.11453), equations 1 to 3.
 
 Embeddings and heads, kept in full precision by BitNet, have forms for inference: `int8_per_row` and
-`int4_grouped`.
+`int4_grouped`; `int4_dithered` screens a head (`bitjax.ops.screened_logits`).
 
 Deliberately absent: NaN and infinity are not replaced. They make the scale NaN, so they surface
 in the output; `require_finite` refuses them where weights enter.
@@ -166,6 +166,39 @@ def int4_grouped(table_VxD: np.ndarray, group: int) -> tuple[np.ndarray, np.ndar
         codes[better] = c[better]
         multipliers = np.where(better, m, multipliers).astype(np.uint8)
     return codes.reshape(V, -1)[:, :D], multipliers, scale.astype(np.float32)
+
+
+def int4_dithered(
+    table_VxD: np.ndarray, group: int, dither_D: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """4-bit rows by subtractive dither (Schuchman, 1964): `code - dither` stands for a weight.
+
+        step[v, g] = multiplier[v, g] * scale[v]        code = round(w / step + dither[d])
+        dequant(w)[v, d] = (code[v, d] - dither[d]) * step[v, d // group]
+
+    The steps are large enough for every weight of their group to lie inside -8..7 steps, so nothing
+    is clipped. With a dither drawn from [-1/2, 1/2) the errors of a row, `dequant(w) - w`, are then
+    independent and uniform over one step around 0, whatever the weights.
+
+    Args:
+        table_VxD: finite.
+        group: columns that share a multiplier.
+        dither_D: float32 in [-1/2, 1/2), the same for all rows.
+
+    Returns:
+        As `int4_grouped`.
+    """
+    table_VxD = np.asarray(table_VxD, np.float64)
+    V, D = table_VxD.shape
+    w = np.pad(table_VxD, ((0, 0), (0, -D % group))).reshape(V, -1, group)
+    # A little more than needed: rounding the scale to float32 puts no weight outside.
+    step = np.maximum(w.max(axis=2) / 7, w.min(axis=2) / -8) * (1 + 2.0**-20)
+    largest = np.maximum(step.max(axis=1), EPS)
+    scale = np.nextafter((largest / 15).astype(np.float32), np.float32(np.inf))
+    multipliers = np.maximum(np.ceil(step / scale[:, None]), 1)
+    units = (w / (multipliers * scale[:, None])[..., None]).reshape(V, -1)[:, :D]
+    codes = np.floor(units + (dither_D.astype(np.float64) + 0.5))
+    return codes.astype(np.int8), multipliers.astype(np.uint8), scale
 
 
 def _per_tensor_mean(x_NxK: jax.Array, segments: Segments) -> jax.Array:

@@ -15,6 +15,7 @@ struct Registration {
 
 extern const Registration kMatmulRegistrations[2];
 extern const Registration kAttentionRegistrations[2];
+extern const Registration kHeadRegistrations[1];
 
 }  // namespace bitjax
 

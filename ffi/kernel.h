@@ -130,6 +130,10 @@ using FindNonZero = int64_t (*)(const int8_t* q, int64_t k, int32_t* input, int8
 // [k][64], 0 <= input_i < k. May ask for, but does not read, what follows the tile.
 using ColumnProduct = void (*)(const uint8_t* tile, int64_t k, const SparseRow& x, int32_t* out);
 
+// sum_i x_i w_i of k values of float32 and bfloat16, in float32 and in an order that every kernel
+// keeps (rows.h): each value passes through at most k + 8 roundings.
+using DotBf16 = float (*)(const float* x, const uint16_t* w, int64_t k);
+
 // For measuring the machine: `rounds` rounds of independent dot products in registers, returning how
 // many multiply-adds they were; and a read of n bytes, returning something that depends on all.
 using DotRounds = int64_t (*)(int64_t rounds);
@@ -144,6 +148,7 @@ struct Kernel {
   GateRow relu2_gate;
   GateRow silu_gate;
   NormRow rms_norm;
+  DotBf16 dot_bf16;
   FewRows few_rows[kLayoutCount];
   int few_rows_limit;        // activation rows of few_rows(), at most kMaxFewRows
   int64_t streamed_rows;     // activation rows up to which few_rows() beats panels

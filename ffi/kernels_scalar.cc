@@ -148,6 +148,7 @@ Kernel scalar_kernel() {
           relu2_gate,
           silu_gate,
           rms_norm,
+          dot_bf16,
           {few_rows<Layout::kTernary2>, few_rows<Layout::kTernary16>, few_rows<Layout::kInt4>,
            few_rows<Layout::kInt8>},
           kMaxFewRows,

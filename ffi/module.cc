@@ -27,6 +27,7 @@ nb::dict registrations() {
   };
   for (const bitjax::Registration& entry : bitjax::kMatmulRegistrations) add(entry);
   for (const bitjax::Registration& entry : bitjax::kAttentionRegistrations) add(entry);
+  for (const bitjax::Registration& entry : bitjax::kHeadRegistrations) add(entry);
   return result;
 }
 

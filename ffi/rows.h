@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "epilogue.h"
 #include "kernel.h"
 
 namespace bitjax {
@@ -131,6 +132,32 @@ inline void rms_norm(const float* x, int64_t k, const float* scale, float eps, f
   }
   const float inverse = 1.0F / __builtin_sqrtf(fold(squares) / static_cast<float>(k) + eps);
   for (i = 0; i < k; ++i) y[i] = x[i] * inverse * scale[i];
+}
+
+// sum_i x_i w_i, bfloat16 w as its bits. Every product and sum is rounded, so the result depends on
+// the order: four vectors of sums, the last k % 64 values going to the first of them.
+inline float dot_bf16(const float* x, const uint16_t* w, int64_t k) {
+  constexpr int kSums = 4;  // an addition's latency, in additions of one a cycle
+  typedef uint16_t Bits16 __attribute__((vector_size(32)));
+  typedef uint32_t Bits32 __attribute__((vector_size(64)));
+  const auto add_product = [x, w](int64_t i, Float16* sum) {
+    Float16 a;
+    Float16 b;
+    Bits16 narrow;
+    load_floats(x + i, &a);
+    __builtin_memcpy(&narrow, w + i, sizeof narrow);
+    const Bits32 wide = __builtin_convertvector(narrow, Bits32) << 16;
+    __builtin_memcpy(&b, &wide, sizeof b);
+    *sum += a * b;
+  };
+  Float16 sum[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums * kFloats <= k; i += kSums * kFloats)
+    for (int s = 0; s < kSums; ++s) add_product(i + s * kFloats, &sum[s]);
+  for (; i + kFloats <= k; i += kFloats) add_product(i, &sum[0]);
+  float result = fold((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  for (; i < k; ++i) result += x[i] * widen(w[i]);
+  return result;
 }
 
 // Folds n bytes with exclusive or, asking for memory two pages ahead like the products.

@@ -110,7 +110,7 @@ def trained(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("tables", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("tables", ["float32", "bfloat16", "int8", "int4", "screened"])
 @pytest.mark.parametrize("bits", ["2", "1.6"])
 def test_convert_to_every_format(trained, tmp_path, capsys, bits, tables):
     path = tmp_path / "model.safetensors"
@@ -124,14 +124,14 @@ def test_convert_to_every_format(trained, tmp_path, capsys, bits, tables):
     packed_table = tables.startswith("int")
     assert (f"head.{tables}" in names) == packed_table
     assert ("head" in names) != packed_table
-    if tables == "int4":
+    if tables in ("int4", "screened"):
         assert run("generate", path, "--prompt", "ab", "--max-new-tokens", 2) == 0
         assert run("generate", path, "--max-new-tokens", 2, "--cache", "int8") == 0
         assert "2 tokens" in capsys.readouterr().out
         assert run("inspect", path) == 0
         out = capsys.readouterr().out
         assert f"ternary{bits}" in out
-        assert "head.multipliers" in out
+        assert ("head" if tables == "int4" else "screen") + ".multipliers" in out
 
 
 def test_two_bits_and_float32_tables_by_default(trained, tmp_path):

@@ -33,16 +33,16 @@ def test_evaluation(form, dtype):
     check(traced, 0 if packed is None else 8 + (packed[1] != "float32"))
 
 
-@pytest.mark.parametrize("tables", ["float32", "int4"])
+@pytest.mark.parametrize("tables", ["float32", "int4", "screened"])
 def test_packed_prefill_and_decode(tables):
     generator = Generator(pack_model(tiny_model(), tables=tables))
     products = 8 + (tables != "float32")
     settings = SamplingArrays.stack([SamplingParams(top_k=3)])
     cache = generator._empty_cache(1, 16)
     arguments = (np.zeros((1, 16), np.int32), np.array([3], np.int32), cache, settings)
-    check(generator._prefill.trace(generator._params, *arguments), products)
-    state = jax.eval_shape(generator._prefill, generator._params, *arguments)
-    check(generator._decode.trace(generator._params, state, settings), products)
+    check(generator._prefill.trace(generator._leaves, *arguments), products)
+    drawn, state = jax.eval_shape(generator._prefill, generator._leaves, *arguments)
+    check(generator._decode.trace(generator._leaves, state, drawn, settings), products)
 
 
 def check(traced, products):

@@ -164,7 +164,8 @@ def _limits(model: Transformer, cache_dtype: CacheDType, read: float, peak: floa
     """The most tokens per second that each kind of work can reach on this machine."""
     config = model.config
     layers = sum(layer.weight.get_value().nbytes for _, layer in bit_linears(model))
-    head = (model.embedding if model.head is None else model.head).get_value()
+    # Of a screened head, a token reads the screen and little of the table.
+    head = next(p for p in (model.screen, model.head, model.embedding) if p is not None).get_value()
     head_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(head))
     weights = sum(np.prod(layer.weight.get_value().shape) for _, layer in bit_linears(model))
     cache = jax.eval_shape(lambda: model.empty_cache(1, KEY_BLOCK, cache_dtype))

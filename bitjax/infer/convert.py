@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import jax
@@ -10,10 +11,25 @@ import numpy as np
 from flax import nnx
 
 from bitjax.model import Transformer, bit_linears
-from bitjax.packing import GROUP, LayoutName, PackedWeights, pack
-from bitjax.quant import WEIGHT_QUANTIZERS, int4_grouped, int8_per_row, require_finite
+from bitjax.packing import (
+    DITHER_CODE,
+    GROUP,
+    SCREEN_GROUP,
+    LayoutName,
+    PackedWeights,
+    Screen,
+    pack,
+)
+from bitjax.quant import (
+    WEIGHT_QUANTIZERS,
+    int4_dithered,
+    int4_grouped,
+    int8_per_row,
+    require_finite,
+)
 
-TableFormat = Literal["float32", "bfloat16", "int8", "int4"]
+TableFormat = Literal["float32", "bfloat16", "int8", "int4", "screened"]
+SCREEN_ROWS = 4096  # of a table, screened at once: 100 MB of temporary values at 2,560 columns
 
 
 def pack_model(
@@ -26,7 +42,8 @@ def pack_model(
     Args:
         model: with float master weights and `config.weights` "ternary" or "binary".
         layout: of the linear layers, "ternary2" or "ternary1.6" (bits a weight).
-        tables: of embedding and head; "float32" keeps them as trained.
+        tables: of embedding and head; "float32" keeps them as trained, "screened" is bfloat16
+            with a `Screen` for the head.
 
     Raises:
         ValueError: a full-precision model, one already packed, or weights that are not finite.
@@ -49,6 +66,10 @@ def pack_model(
     for name, table in (("embedding", packed.embedding), ("head", packed.head)):
         if table is not None:
             table.set_value(pack_table(name, table[...], tables))  # type: ignore[arg-type]
+    if tables == "screened":
+        head_VxD = np.asarray((packed.embedding if packed.head is None else packed.head)[...])
+        pieces = (head_VxD[i : i + SCREEN_ROWS] for i in range(0, len(head_VxD), SCREEN_ROWS))
+        packed.screen = nnx.Param(make_screen(pieces))
     return packed
 
 
@@ -65,4 +86,39 @@ def pack_table(name: str, table_VxD: jax.Array, form: TableFormat) -> jax.Array 
     if form == "int4":
         codes, multipliers, scale = int4_grouped(np.asarray(table_VxD), GROUP)
         return pack(codes, scale, "int4", multipliers)
-    return table_VxD.astype(jnp.dtype(form))
+    return table_VxD.astype(jnp.bfloat16 if form == "screened" else jnp.dtype(form))
+
+
+def make_screen(pieces: Iterable[np.ndarray], seed: int = 0) -> Screen:
+    """The screen of a table that comes in pieces.
+
+    Args:
+        pieces: consecutive rows as bfloat16 `[n, D]`, n a multiple of 16 but for the last piece.
+        seed: of the dither.
+    """
+    packed, spreads, norms = [], [], []
+    for piece in pieces:
+        w = piece.astype(np.float32)
+        n, D = w.shape
+        # The same for every piece.
+        dither_D = np.random.default_rng(seed).random(D, np.float32) - np.full(D, 0.5, np.float32)
+        codes, multipliers, scale = int4_dithered(w, SCREEN_GROUP, dither_D)
+        whole = np.pad(codes, ((0, 0), (0, -D % SCREEN_GROUP))).reshape(n, -1, SCREEN_GROUP)
+        whole = np.pad(whole, ((0, 0), (0, 0), (0, 1)), constant_values=DITHER_CODE)
+        steps = multipliers * scale[:, None].astype(np.float64)
+        screened = whole * steps[..., None]
+        packed.append(pack(whole.reshape(n, -1), scale, "int4", multipliers))
+        spreads.append((steps**4).sum(axis=1) ** 0.25)
+        norms.append(
+            np.sqrt(np.maximum(np.square(w).sum(axis=1), np.square(screened).sum(axis=(1, 2))))
+        )
+    weights = PackedWeights(
+        jnp.concatenate([p.codes for p in packed]),
+        jnp.concatenate([p.scale for p in packed]),
+        jnp.concatenate([p.multipliers for p in packed if p.multipliers is not None]),
+        sum(p.rows for p in packed),
+        packed[0].cols,
+        "int4",
+    )
+    bounds = (jnp.asarray(np.concatenate(parts), jnp.float32) for parts in (spreads, norms))
+    return Screen(weights, jnp.asarray(dither_D), *bounds)

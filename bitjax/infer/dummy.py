@@ -6,20 +6,23 @@ gives the same bytes.
 
 from __future__ import annotations
 
+import functools
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from bitjax.config import ModelConfig
-from bitjax.infer.convert import TableFormat
+from bitjax.infer.convert import TableFormat, make_screen
 from bitjax.model import abstract_model
-from bitjax.model.files import DTYPES, Tensor, parameters, write_model_file
+from bitjax.model.files import DTYPES, Tensor, parameters, stored_arrays, write_model_file
 from bitjax.packing import (
     BLOCK_ROWS,
     LAYOUTS,
     MAX_MULTIPLIER,
     LayoutName,
+    expanded_cols,
     multiplier_shape,
     pack,
     packed_shape,
@@ -39,7 +42,8 @@ def write_dummy(
     """Write a packed model file of random weights.
 
     Ternary weights are -1, 0 and +1 with equal chances, with the scale that keeps the variance of
-    activations; embedding and head are uniform over their codes, with a standard deviation of 0.02.
+    activations; embedding and head are uniform over their codes, or normal where they are floats,
+    with a standard deviation of 0.02.
 
     Args:
         path: of the file; replaced if it exists.
@@ -54,8 +58,9 @@ def write_dummy(
     """
     if layout not in ("ternary2", "ternary1.6"):
         raise ValueError(f"layout={layout!r} is not ternary2 or ternary1.6")
-    if tables not in ("float32", "bfloat16", "int8", "int4"):
-        raise ValueError(f"tables={tables!r} is not float32, bfloat16, int8 or int4")
+    known = typing.get_args(TableFormat)
+    if tables not in known:
+        raise ValueError(f"tables={tables!r} is not {', '.join(known[:-1])} or {known[-1]}")
     model = abstract_model(config)
     tensors: list[Tensor] = []
     for index, (name, parameter) in enumerate(parameters(model)):
@@ -65,8 +70,10 @@ def write_dummy(
         elif name in ("embedding", "head") and tables in ("int8", "int4"):
             tensors += _packed(name, shape, tables, 0.02 / _spread(tables), key)
         elif name in ("embedding", "head"):
-            dtype = DTYPES["BF16" if tables == "bfloat16" else "F32"]
+            dtype = DTYPES["F32" if tables == "float32" else "BF16"]
             tensors.append(Tensor(name, dtype, shape, lambda s=shape, k=key: _normal(s, k)))  # type: ignore[misc]
+            if tables == "screened" and (name == "head" or config.tie_embeddings):
+                tensors += _screen(shape, key)
         else:
             tensors.append(Tensor.of(name, np.ones(shape, np.float32)))
     if on_bytes is not None:
@@ -113,6 +120,27 @@ def _packed(
     return tensors
 
 
+def _screen(shape: tuple[int, int], key: tuple[int, int]) -> list[Tensor]:
+    """The screen of `_normal(shape, key)`, which is made, whole, when it is first asked for."""
+
+    @functools.cache
+    def made() -> dict[str, np.ndarray]:
+        pieces = (piece.astype(DTYPES["BF16"]) for piece in _normal(shape, key))
+        return {n: np.asarray(a) for n, a in stored_arrays("screen", make_screen(pieces)).items()}
+
+    rows, cols = shape
+    expanded = expanded_cols(cols)
+    shapes = {
+        "screen.int4": packed_shape("int4", rows, expanded),
+        "screen.multipliers": multiplier_shape(rows, expanded),
+        "screen.dither": (cols,),
+    } | {f"screen.{part}": (rows,) for part in ("scale", "spreads", "norms")}
+    return [
+        Tensor(name, DTYPES["U8" if len(s) == 3 else "F32"], s, lambda n=name: [made()[n]])  # type: ignore[misc]
+        for name, s in shapes.items()
+    ]
+
+
 def _codes(rows: int, cols: int, layout: LayoutName, key: tuple[int, int]) -> Iterator[np.ndarray]:
     about = LAYOUTS[layout]
     rng = np.random.default_rng(key)
@@ -155,7 +183,7 @@ def _random_pack(
 
 def _normal(shape: tuple[int, ...], key: tuple[int, int]) -> Iterator[np.ndarray]:
     rng = np.random.default_rng(key)
-    step = max(1, PART_BYTES // (4 * shape[1]))
+    step = max(1, PART_BYTES // (4 * shape[1]) // BLOCK_ROWS) * BLOCK_ROWS
     for first in range(0, shape[0], step):
         drawn = rng.standard_normal((min(step, shape[0] - first), shape[1]), np.float32)
         yield drawn * np.float32(0.02)

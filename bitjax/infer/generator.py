@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from bitjax.config import CacheDType
-from bitjax.infer.sampling import SamplingArrays, SamplingParams, sample
+from bitjax.infer.sampling import SamplingArrays, SamplingParams, exact_ranks, sample
 from bitjax.model import Cache, Transformer
 from bitjax.tokenizer import ByteTokenizer
 
@@ -293,9 +293,11 @@ def _prefill(
     hidden_BxTxD, new_cache = model.extend(tokens_BxT, positions_BxT, cache)
     assert new_cache is not None
     rows_B = jnp.arange(tokens_BxT.shape[0])
-    logits_BxV = model.logits(hidden_BxTxD[rows_B, lengths_B - 1])
     inside_BxT = positions_BxT < lengths_B[:, None]
-    seen_BxV = jnp.zeros(logits_BxV.shape, bool).at[rows_B[:, None], tokens_BxT].max(inside_BxT)
+    seen_BxV = jnp.zeros((tokens_BxT.shape[0], model.config.vocab_size), bool)
+    seen_BxV = seen_BxV.at[rows_B[:, None], tokens_BxT].max(inside_BxT)
+    hidden_BxD = hidden_BxTxD[rows_B, lengths_B - 1]
+    logits_BxV = model.next_logits(hidden_BxD, exact_ranks(seen_BxV, settings))
     drawn_B = sample(logits_BxV, seen_BxV, lengths_B, settings)
     seen_BxV = seen_BxV.at[rows_B, drawn_B].set(True)
     return drawn_B, DecodeState(new_cache, lengths_B, seen_BxV)
@@ -313,7 +315,8 @@ def _decode(
     hidden_Bx1xD, cache = model.extend(tokens_B[:, None], state.positions_B[:, None], state.cache)
     assert cache is not None
     positions_B = state.positions_B + 1
-    drawn_B = sample(model.logits(hidden_Bx1xD[:, 0]), state.seen_BxV, positions_B, settings)
+    logits_BxV = model.next_logits(hidden_Bx1xD[:, 0], exact_ranks(state.seen_BxV, settings))
+    drawn_B = sample(logits_BxV, state.seen_BxV, positions_B, settings)
     rows_B = jnp.arange(drawn_B.shape[0])
     seen_BxV = state.seen_BxV.at[rows_B, drawn_B].set(True)
     return drawn_B, DecodeState(cache, positions_B, seen_BxV)

@@ -11,7 +11,13 @@ or packed, its layout (`bitjax.packing`, format version 2) being part of the nam
     <path>.scale            float32 [] or [rows], multiplies
     <path>.multipliers      uint8 [row blocks, groups, 16], with int4
 
-Linear layers are packed as ternary2 or ternary1.6, embedding and head as int8 or int4.
+Linear layers are packed as ternary2 or ternary1.6, embedding and head as int8 or int4. A bfloat16
+head (the embedding, if tied) may have a screen (`bitjax.packing.Screen`), which makes its largest
+logits cheap and keeps them exact:
+
+    screen.int4, screen.scale, screen.multipliers    as above, [rows, 32 * ceil(cols / 31)]
+    screen.dither           float32 [cols]
+    screen.spreads, screen.norms    float32 [rows]
 
 Tensors start at multiples of 64 bytes, so that a memory map of the file is used in place, without
 a copy. (Those whose size is no multiple of 64 bytes come last, and may be copied.) Any
@@ -31,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors
@@ -39,7 +46,7 @@ from flax import nnx
 from bitjax.config import ModelConfig, from_dict, to_json
 from bitjax.model.transformer import Transformer, abstract_model, bit_linears
 from bitjax.ops import Impl
-from bitjax.packing import LAYOUTS, PackedWeights, validate
+from bitjax.packing import LAYOUTS, PackedWeights, Screen, expanded_cols, validate
 from bitjax.quant import require_finite
 from bitjax.tokenizer import ByteTokenizer
 
@@ -62,15 +69,24 @@ def save_model(path: Path, model: Transformer) -> None:
     tensors = []
     for name, parameter in parameters(model):
         value = parameter.get_value()
-        if isinstance(value, PackedWeights):
-            tensors.append(Tensor.of(f"{name}.{value.layout}", np.asarray(value.codes)))
-            tensors.append(Tensor.of(f"{name}.scale", np.asarray(value.scale)))
-            if value.multipliers is not None:
-                tensors.append(Tensor.of(f"{name}.multipliers", np.asarray(value.multipliers)))
-        else:
+        if not isinstance(value, PackedWeights | Screen):
             require_finite(name, value)
-            tensors.append(Tensor.of(name, np.asarray(value)))
+        arrays = stored_arrays(name, value)
+        tensors += [Tensor.of(stored, np.asarray(array)) for stored, array in arrays.items()]
     write_model_file(path, model.config, tensors)
+
+
+def stored_arrays(name: str, value: jax.Array | PackedWeights | Screen) -> dict[str, jax.Array]:
+    """The arrays that a parameter consists of, by their names in a file."""
+    if isinstance(value, Screen):
+        rest = {f"{name}.{part}": getattr(value, part) for part in ("dither", "spreads", "norms")}
+        return stored_arrays(name, value.weights) | rest
+    if isinstance(value, PackedWeights):
+        arrays = {f"{name}.{value.layout}": value.codes, f"{name}.scale": value.scale}
+        if value.multipliers is not None:
+            arrays[f"{name}.multipliers"] = value.multipliers
+        return arrays
+    return {name: value}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +154,9 @@ def load_model(
     model = abstract_model(config, dtype)
     for name, parameter in parameters(model):
         parameter.set_value(_take(path, name, parameter.get_value(), tensors, check))
+    head = (model.embedding if model.head is None else model.head).get_value()
+    screen = _take_screen(path, head, tensors, check)
+    model.screen = None if screen is None else nnx.Param(screen)
     if tensors:
         raise ValueError(f"{path} holds tensors that its configuration has no place for: "
                          f"{', '.join(sorted(tensors)[:3])}")  # fmt: skip
@@ -204,7 +223,8 @@ def _take(
     layouts = [layout for layout in LAYOUTS if f"{name}.{layout}" in tensors]
     if layouts:
         layout = layouts[0]
-        fits = name.endswith(".weight") if layout.startswith("ternary") else name in TABLES
+        tables = (*TABLES, "screen")
+        fits = name.endswith(".weight") if layout.startswith("ternary") else name in tables
         if not fits:
             raise ValueError(
                 f"{where} cannot be {layout}; linear layers are packed as ternary, "
@@ -229,6 +249,34 @@ def _take(
     if check_codes:
         require_finite(where, value)
     return _in_place(value)
+
+
+def _take_screen(
+    path: Path, head: Any, tensors: dict[str, np.ndarray], check_codes: bool
+) -> Screen | None:
+    """Remove the screen of the head from `tensors`, if there is one."""
+    if "screen.int4" not in tensors:
+        return None
+    where = f"{path}: screen"
+    if isinstance(head, PackedWeights) or head.dtype != jnp.bfloat16:
+        raise ValueError(f"{where} needs a bfloat16 head")
+    rows, cols = head.shape
+    expanded = jax.ShapeDtypeStruct((rows, expanded_cols(cols)), jnp.float32)
+    parts = {}
+    for part, size in (("dither", cols), ("spreads", rows), ("norms", rows)):
+        array = tensors.pop(f"screen.{part}", None)
+        if array is None:
+            raise ValueError(f"{where}.{part} is missing")
+        if array.shape != (size,) or array.dtype != np.float32 or not np.isfinite(array).all():
+            raise ValueError(
+                f"{where}.{part} is {array.dtype}{list(array.shape)}; "
+                f"a {rows} x {cols} head needs finite float32[{size}]"
+            )
+        parts[part] = _in_place(array)
+    weights = _take(path, "screen", expanded, tensors, check_codes)
+    if weights.scale.shape != (rows,):
+        raise ValueError(f"{where}.scale must have {rows} values, one a row")
+    return Screen(weights, **parts)
 
 
 def _in_place(array: np.ndarray) -> jax.Array:

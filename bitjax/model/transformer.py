@@ -2,7 +2,8 @@
 
 One definition serves training, evaluation and packed inference: what its BitLinear layers hold
 decides (see `bitjax.model.layers`). Embedding, norms and head are trained in full precision; for
-inference embedding and head may be packed too.
+inference embedding and head may be packed too, or a bfloat16 head screened: then `logits` is the
+whole product and `next_logits`, for generation, exact where it matters.
 
 Layers are unrolled rather than scanned: a scan over stacked packed weights would copy them at
 every step.
@@ -22,7 +23,7 @@ from bitjax import ops
 from bitjax.config import CacheDType, ModelConfig
 from bitjax.model.attention import Attention, KVCache
 from bitjax.model.layers import BitLinear, FeedForward, RMSNorm
-from bitjax.packing import PackedWeights, packed_rows
+from bitjax.packing import PackedWeights, Screen, packed_rows
 
 Cache = tuple[KVCache, ...]  # one per layer
 
@@ -70,6 +71,7 @@ class Transformer(nnx.Module):
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = None if config.tie_embeddings else nnx.Param(table())
+        self.screen: nnx.Param | None = nnx.data(None)  # of the head: a `Screen`
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
         """Float32 logits `[B, T, V]` of the token after each position, without a cache."""
@@ -115,6 +117,19 @@ class Transformer(nnx.Module):
             hidden, table_VxD.astype(self.dtype), (((hidden.ndim - 1,), (1,)), ((), ())),
             preferred_element_type=jnp.float32,
         )  # fmt: skip
+
+    def next_logits(self, hidden: jax.Array, ranks: jax.Array) -> jax.Array:
+        """`logits` of which only the largest need be exact: all of them without a screen.
+
+        Args:
+            hidden: final hidden states `[..., D]`.
+            ranks: int32 `[...]`, how many of the largest shall be exact.
+        """
+        if self.screen is None:
+            return self.logits(hidden)
+        table_VxD = (self.embedding if self.head is None else self.head).get_value()
+        screen: Screen = self.screen.get_value()
+        return ops.screened_logits(hidden, table_VxD, screen, ranks, impl=self.impl)[0]
 
     def empty_cache(self, batch: int, length: int, dtype: CacheDType | None = None) -> Cache:
         """A KV cache for `batch` sequences of up to `length` tokens, by default in its dtype."""

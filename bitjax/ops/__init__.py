@@ -13,10 +13,11 @@ from __future__ import annotations
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
 from bitjax.ops import ffi, reference
 from bitjax.ops.reference import KEY_BLOCK, Gate
-from bitjax.packing import PackedWeights
+from bitjax.packing import PackedWeights, Screen
 
 Impl = Literal["auto", "ffi", "reference"]
 
@@ -78,6 +79,60 @@ def packed_matmul(
         cpu=lambda x, w, n, r: ffi.packed_matmul(x, w, gate, n, eps, r),
         default=lambda x, w, n, r: reference.packed_matmul(x, w, gate, n, eps, r),
     )  # fmt: skip
+
+
+def screened_logits(
+    x: jax.Array,
+    table_VxD: jax.Array,
+    screen: Screen,
+    ranks: jax.Array,
+    impl: Impl = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """Logits `x @ table.T` of which the largest are exact, mostly at the price of the screen.
+
+    The screen gives approximate logits of all tokens and a bound on their error that holds but for
+    a chance of 2^-60 a token (`bitjax.ops.reference.screened_logits` has the proof). Tokens that
+    may be among the `rank` largest are then computed from the table: float32 sums of products with
+    x as it is, not quantised. The rest keep the approximation, which is below all of these. So the
+    largest `rank` logits are those of the whole table, and a drawing that looks at no others is
+    exact. What looks at the tail sees it with the error of an int4 head.
+
+    Args:
+        x: float32 or bfloat16 `[..., D]`; independent of the screen's dither. A row with
+            a NaN or an infinity gives a row of NaN.
+        table_VxD: bfloat16, finite.
+        screen: of this table.
+        ranks: int32 `[...]`, how many of the largest logits shall be exact; 1..V, or the nearest.
+        impl: which implementation, see the module's docstring.
+
+    Returns:
+        float32 `[..., V]`, and int32 `[...]`: how many of them are exact.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or an unknown `impl`.
+        ModuleNotFoundError: `impl="ffi"` without the extension.
+    """
+    V, D = screen.shape
+    if table_VxD.shape != (V, D) or table_VxD.dtype != jnp.bfloat16:
+        raise ValueError(
+            f"screened_logits: the table is {table_VxD.dtype}{list(table_VxD.shape)}; "
+            f"its screen wants bfloat16[{V}, {D}]"
+        )
+    if x.ndim < 1 or x.shape[-1] != D or ranks.shape != x.shape[:-1]:
+        raise ValueError(
+            f"screened_logits: x has shape {x.shape} and ranks {ranks.shape}; wanted [..., {D}] "
+            "and the same leading dimensions"
+        )
+    parts = reference.int8_parts(screen.expand(x.astype(jnp.float32)))
+    approximate = packed_matmul(parts, screen.weights, impl=impl)
+    operands = (x, parts, approximate, table_VxD, screen, ranks)
+    if impl == "reference" or (impl == "auto" and not ffi.available()):
+        return reference.screened_logits(*operands)
+    if impl == "ffi":
+        return ffi.screened_logits(*operands)
+    return jax.lax.platform_dependent(
+        *operands, cpu=ffi.screened_logits, default=reference.screened_logits
+    )
 
 
 def attention_fits(head_dim: int) -> bool:

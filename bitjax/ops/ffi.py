@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitjax.packing import LAYOUTS, PackedWeights
+from bitjax.packing import LAYOUTS, PackedWeights, Screen
 
 _MODULE = "bitjax._ffi"
 _lock = threading.Lock()
@@ -207,3 +207,36 @@ def cached_attention(
         vmap_method="sequential",
     )
     return tuple(call(qkv_BxTxNxh, turn_BxTxh, positions_BxT, *cache))
+
+
+def screened_logits(
+    x: jax.Array,
+    parts: jax.Array,
+    approximate: jax.Array,
+    table_VxD: jax.Array,
+    screen: Screen,
+    ranks: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """`bitjax.ops.reference.screened_logits` that reads only the rows of the table it needs.
+
+    Raises:
+      ValueError: when the program runs, shapes or dtypes that do not fit.
+      ModuleNotFoundError: the extension is not installed.
+    """
+    _load()
+    *lead, D = x.shape
+    rows, V = math.prod(lead), table_VxD.shape[0]
+    call = jax.ffi.ffi_call(
+        "bitjax_screened_logits",
+        (
+            jax.ShapeDtypeStruct((rows, V), jnp.float32),
+            jax.ShapeDtypeStruct((rows,), jnp.int32),
+        ),
+        vmap_method="sequential",
+    )
+    logits, computed = call(
+        x.astype(jnp.float32).reshape(rows, D), parts.reshape(rows, *parts.shape[-2:]),
+        approximate.reshape(rows, 2, V), table_VxD, screen.dither, screen.weights.scale,
+        screen.spreads, screen.norms, ranks.reshape(rows),
+    )  # fmt: skip
+    return logits.reshape(*lead, V), computed.reshape(lead)

@@ -5,13 +5,17 @@ They read like the mathematics and define what every kernel must compute.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from bitjax.packing import PackedWeights, unpack
+from bitjax.packing import MAX_MULTIPLIER, SCREEN_GROUP, PackedWeights, Screen, unpack
 from bitjax.quant import EXACT_FLOAT32_TERMS, int8_per_token
+
+# sqrt(60 ln 2 / 6): exp(-6 c^2) = 2^-60, the chance that a row's error exceeds its bound.
+DEVIATIONS = math.sqrt(10 * math.log(2))
 
 Gate = Literal["none", "relu2", "silu"]
 KEY_BLOCK = 64  # slots of a block of cached keys; a cache holds a multiple of so many
@@ -72,6 +76,80 @@ def dequantized_matmul(x: jax.Array, weights: PackedWeights) -> jax.Array:
     """`x @ (w * scale).T` with x not quantised: packed weights under float activations."""
     acc = _product(x, unpack(weights).astype(x.dtype), jnp.float32)
     return (acc * weights.scale.reshape((1,) * (acc.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+def int8_parts(x: jax.Array) -> jax.Array:
+    """`[..., 2, D]`: x quantised to int8 per token, and what that left, quantised likewise.
+
+    Their sum is x to 16 bits. Quantising them again changes nothing, for their codes are integers
+    and their largest is 127 (or their scale is the smallest there is).
+    """
+    first = int8_per_token(x).dequantize()
+    return jnp.stack([first, int8_per_token(x - first).dequantize()], axis=-2)
+
+
+def screened_logits(
+    x: jax.Array,
+    parts: jax.Array,
+    approximate: jax.Array,
+    table_VxD: jax.Array,
+    screen: Screen,
+    ranks: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Exact logits where the approximate ones leave a doubt; see `bitjax.ops.screened_logits`.
+
+    With z = expand(x) (`bitjax.packing.Screen`) and its int8 parts p, the error of a row v splits
+    into what the screen and what the parts got wrong:
+
+        table[v] . x - screen[v] . p = -sum_i error[v, i] x_i  +  screen[v] . (z - p)
+
+    The first sum has independent terms (x knows nothing of the dither), each uniform over an
+    interval of length L_i = step[v, g(i)] |x_i| around 0. The moment generating function of such a
+    term, sinh(a) / a with a = s L_i / 2, is at most exp(a^2 / 6). So by Chernoff's bound the sum
+    exceeds t with probability at most exp(-6 t^2 / S), S = sum_i L_i^2; with t = c sqrt(S),
+    c = sqrt(60 ln 2 / 6), that is 2^-60, and any of 2^17 rows does it with 2^-43. (Hoeffding's
+    inequality, which knows the intervals only, needs sqrt(3) times this t.) S is not known for
+    every row without reading its multipliers, but by Cauchy and Schwarz over the groups g
+
+        S = sum_g step_g^2 |x_g|^2 <= sqrt(sum_g step_g^4) sqrt(sum_g |x_g|^4)
+
+    which is close where the groups of x are alike, and S <= max_g step_g^2 |x|^2 where they are
+    not. The second sum is at most |screen[v]| |z - p|, also by Cauchy and Schwarz: no chance in
+    it, and p is close. (For the first sum that would give a bound like sqrt(D / 12) times the
+    steps' mean, some 6 times as much at D = 2560: it rules out next to nothing.)
+
+    Float32 sums of D products, and their scaling, round by D + 64 times 2^-24 of the product of the
+    lengths at most. Here all logits are computed, then chosen from; the custom call computes those
+    chosen.
+    """
+    D = x.shape[-1]
+    x = x.astype(jnp.float32)
+    z, p = screen.expand(x), parts.sum(-2)
+    groups = -(-D // SCREEN_GROUP)
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, groups * SCREEN_GROUP - D)])
+    energy = jnp.square(padded.reshape(*x.shape[:-1], groups, SCREEN_GROUP)).sum(-1)
+
+    def length(squares: jax.Array) -> jax.Array:
+        return jnp.sqrt(squares.sum(-1, keepdims=True))
+
+    def row(values_V: jax.Array) -> jax.Array:
+        return values_V.reshape((1,) * (x.ndim - 1) + (-1,))
+
+    step = jnp.minimum(
+        length(energy) * MAX_MULTIPLIER * row(screen.weights.scale),
+        jnp.sqrt(length(jnp.square(energy))) * row(screen.spreads),
+    )
+    rounding = (D + 64) * 2.0**-24 * (length(energy) + 2 * length(p * p))
+    bound = DEVIATIONS * step + (length(jnp.square(z - p)) + rounding) * row(screen.norms)
+
+    exact = _product(x, table_VxD.astype(jnp.float32), jnp.float32)
+    ranks = jnp.clip(ranks, 1, exact.shape[-1])
+    threshold = jnp.take_along_axis(jnp.sort(exact), exact.shape[-1] - ranks[..., None], axis=-1)
+    approximate = approximate.sum(-2)
+    below = approximate + bound * (1 + 2.0**-16) < threshold
+    logits = jnp.where(below, approximate, exact)
+    finite = jnp.isfinite(x).all(-1, keepdims=True)
+    return jnp.where(finite, logits, jnp.nan), (~below).sum(-1, dtype=jnp.int32)
 
 
 def rotate(x_BxTxNxh: jax.Array, turn_BxTxh: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ import json
 import os
 import tracemalloc
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import packing_oracle
@@ -11,6 +12,7 @@ import pytest
 from tiny import tiny_config
 
 from bitjax.infer import dummy
+from bitjax.infer.convert import make_screen
 from bitjax.infer.dummy import write_dummy
 from bitjax.model.files import load_model
 from bitjax.packing import PackedWeights
@@ -275,14 +277,15 @@ def test_bytes_on_disk_and_progress(tmp_path, monkeypatch, layout, tables):
 @pytest.mark.parametrize("tables", TABLES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_parts_are_bounded(tmp_path, monkeypatch, layout, tables):
-    """A part is a row block (16 rows of codes, one of floats), or more within PART_BYTES."""
+    """A part is a row block (16 rows), or more within PART_BYTES."""
     monkeypatch.setattr(dummy, "PART_BYTES", 2**13)
     written = []
     monkeypatch.setattr(dummy, "write_model_file", lambda *about: written.extend(about[2]))
     write_dummy(tmp_path / "model.safetensors", WIDE, layout, tables)
     for tensor in written:
         parts = list(tensor.parts())
-        unit = np.prod(tensor.shape[1:], dtype=int) * tensor.dtype.itemsize
+        rows = 1 if tensor.dtype == np.uint8 else 16  # of codes, a row of the array is a block
+        unit = rows * np.prod(tensor.shape[1:], dtype=int) * parts[0].itemsize
         if tensor.name.endswith((".scale", ".multipliers")):
             assert sum(part.nbytes for part in parts) == tensor.nbytes
             continue
@@ -350,3 +353,15 @@ def test_a_place_that_cannot_be_written_is_an_error(tmp_path):
     path = tmp_path / "nowhere" / "model.safetensors"
     with pytest.raises(ValueError, match=r"cannot write .*nowhere.*No such file or directory"):
         write_dummy(path, ODD)
+
+
+@pytest.mark.parametrize("config", [ODD, LARGE], ids=["untied", "tied"])
+def test_the_screen_is_that_of_the_head(tmp_path, config):
+    write_dummy(tmp_path / "a", config, "ternary2", "screened")
+    model = load_model(tmp_path / "a")
+    table = np.asarray((model.embedding if model.head is None else model.head).get_value())
+    assert table.dtype == jnp.bfloat16
+    wanted = make_screen(table[i : i + 512] for i in range(0, len(table), 512))
+    for got, leaf in zip(jax.tree.leaves(model.screen.get_value()), jax.tree.leaves(wanted),
+                         strict=True):  # fmt: skip
+        np.testing.assert_array_equal(got, leaf)

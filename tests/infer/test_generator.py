@@ -31,6 +31,8 @@ def tiny(form):
     forms = {
         "packed": lambda: pack_model(model),
         "packed tables": lambda: pack_model(model, "ternary1.6", "int4"),
+        "bfloat16": lambda: pack_model(model, "ternary1.6", "bfloat16"),
+        "screened": lambda: pack_model(model, "ternary1.6", "screened"),
     }
     return model if form == "float" else changed(forms[form](), impl="ffi")
 
@@ -189,6 +191,9 @@ class Script(nnx.Module):
 
     def logits(self, hidden):
         return hidden
+
+    def next_logits(self, hidden, ranks):
+        return self.logits(hidden)
 
 
 class Constant(Script):
@@ -355,3 +360,31 @@ def test_numbers_of_prompts_and_params_must_agree():
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused():
     with pytest.raises(ValueError, match="the model has 255 tokens; the tokenizer has 256"):
         Generator(tiny_model(vocab_size=255, num_layers=1))
+
+
+def test_a_screened_head_writes_what_the_whole_head_writes():
+    # All but the last look at no more tokens than are exact.
+    settings = [
+        {"temperature": 0}, {"top_k": 5}, {"top_k": 1}, {"top_k": 20, "min_p": 0.01},
+        {"temperature": 0, "repetition_penalty": 1.5},
+        {"temperature": 0, "repetition_penalty": 0.8}, {"temperature": 2, "top_k": 300},
+    ]  # fmt: skip
+    params = [SamplingParams(max_new_tokens=20, seed=7, **s) for s in settings]
+    prompts = [f"{i}: the" for i in range(len(params))]
+    texts = [
+        [done.text for done in generator(form).generate(prompts, params)]
+        for form in ("bfloat16", "screened")
+    ]
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) == len(params)
+
+
+def test_next_logits_are_the_whole_products_without_a_screen():
+    hidden, ranks = jax.random.normal(jax.random.key(0), (2, 32)), jnp.array([1, 9], jnp.int32)
+    plain, screened = tiny("bfloat16"), tiny("screened")
+    whole = np.asarray(plain.logits(hidden))
+    np.testing.assert_array_equal(plain.next_logits(hidden, ranks), whole)
+    np.testing.assert_array_equal(screened.logits(hidden), whole)
+    next_logits = np.asarray(screened.next_logits(hidden, ranks))
+    for got, wanted, k in zip(next_logits, whole, (1, 9), strict=True):
+        np.testing.assert_allclose(np.sort(got)[-k:], np.sort(wanted)[-k:], rtol=1e-5)

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitjax.infer.sampling import SamplingArrays, SamplingParams, first_largest, keep, sample
+from bitjax.infer.sampling import (
+    LARGEST,
+    SamplingArrays,
+    SamplingParams,
+    exact_ranks,
+    first_largest,
+    keep,
+    sample,
+)
 
 V = 12
 # float32 softmax and cumulative sums of V terms err by less than V * 2**-23 = 2e-6; within this
@@ -68,6 +76,67 @@ def test_keep_is_the_oracles(rows):
     for mask, (logits, k, p, m) in zip(got, rows, strict=True):
         wanted = oracle_keep(np.float32(logits), k, p, m)
         assert all(w is None or w == g for w, g in zip(wanted, mask, strict=True)), wanted
+
+
+WIDE = 12 * LARGEST + 5
+PEAKED, FLAT, TIED = (
+    np.random.default_rng(3).standard_normal(WIDE) * 4,
+    np.random.default_rng(4).standard_normal(WIDE) * 0.01,
+    np.random.default_rng(5).integers(-3, 3, WIDE).astype(float),
+)
+
+
+@pytest.mark.parametrize("logits", [PEAKED, FLAT, TIED], ids=["peaked", "flat", "tied"])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"top_k": 40},
+        {"top_k": LARGEST - 1},
+        {"top_k": LARGEST},
+        {"top_k": LARGEST + 1},
+        {"top_k": WIDE - 1},
+        {"top_p": 0.3},
+        {"top_p": 0.999},
+        {"min_p": 0.02},
+        {"min_p": 1e-6},
+        {"top_k": 700, "top_p": 0.6},
+        {"top_k": 40, "top_p": 0.9, "min_p": 0.05},
+    ],
+    ids=str,
+)
+def test_keep_of_a_vocabulary_beyond_what_is_looked_at_first(logits, params):
+    """Beside a row that keeps everything and one that keeps one token."""
+    both = [SamplingParams(**params), SamplingParams(), SamplingParams(top_k=1)]
+    rows = jnp.asarray(np.stack([logits, PEAKED, PEAKED]), jnp.float32)
+    mask = np.asarray(jit_keep(rows, arrays(*both)))
+    p = both[0]
+    wanted = oracle_keep(np.float32(logits), p.top_k, p.top_p, p.min_p)
+    wrong = [i for i, w in enumerate(wanted) if w is not None and w != mask[0, i]]
+    assert not wrong
+    assert mask[1].all()
+    assert np.flatnonzero(mask[2]).tolist() == [PEAKED.argmax()]
+
+
+@pytest.mark.parametrize(
+    ("params", "seen", "ranks"),
+    [
+        ({"temperature": 0}, 9, 1),
+        ({"temperature": 0, "top_k": 5}, 0, 1),
+        ({}, 9, 64),
+        ({"top_k": 5}, 9, 5),
+        ({"top_k": 2**31 - 1}, 9, 100),
+        ({"top_p": 0.5}, 0, 64),
+        ({"temperature": 0, "repetition_penalty": 1.3}, 9, 10),
+        ({"top_k": 5, "repetition_penalty": 1.3}, 9, 14),
+        ({"top_k": 99, "repetition_penalty": 1.3}, 9, 100),
+        ({"temperature": 0, "repetition_penalty": 0.7}, 0, 100),
+    ],
+)
+def test_how_many_logits_must_be_exact(params, seen, ranks):
+    mask = jnp.asarray([[False] * 100, np.arange(100) < seen])
+    got = exact_ranks(mask, arrays(SamplingParams(temperature=0), SamplingParams(**params)))
+    assert (got.dtype, got.tolist()) == (jnp.int32, [1, ranks])
 
 
 FALLING = np.log([0.4, 0.3, 0.2, 0.1])

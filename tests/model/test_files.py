@@ -34,6 +34,7 @@ FORMS = {
     "packed-bfloat16": ("ternary1.6", "bfloat16"),
     "packed-int8": ("ternary2", "int8"),
     "packed-int4": ("ternary1.6", "int4"),
+    "packed-screened": ("ternary2", "screened"),
 }
 
 
@@ -57,6 +58,10 @@ def parameters(model):
         if layer.norm is not None:
             held[f"{name}.norm.scale"] = layer.norm.scale[...]
     found = {}
+    if model.screen is not None:
+        screen = model.screen.get_value()
+        held["screen"] = screen.weights
+        held |= {f"screen.{part}": getattr(screen, part) for part in ("dither", "spreads", "norms")}
     for name, value in held.items():
         if isinstance(value, PackedWeights):
             found[f"{name}.{value.layout}"] = value.codes
@@ -266,6 +271,8 @@ def test_large_tensors_stay_in_the_mapped_file(packed, tmp_path, form, check):
         arrays += [("embedding", table)]
     if tables == "int4":
         arrays += [("embedding.multipliers", table.multipliers)]
+    if tables == "screened":
+        arrays += [("screen.int4", model.screen.get_value().weights.codes)]
     ranges = mapped_ranges(path)
     assert ranges
     header, _, start = read_raw(path)
@@ -710,3 +717,36 @@ def test_a_setting_that_wants_other_tensors(packed_file):
     refuses(packed_file, "head is missing$")
     rewritten(packed_file, config={"tie_embeddings": True, "sub_norm": False})
     refuses(packed_file, r"has no place for: blocks\.0\.attention\.sub_norm\.scale, ")
+
+
+@pytest.fixture
+def screened_file(tmp_path):
+    path = tmp_path / "screened.safetensors"
+    save_model(path, pack_model(one_block(tie_embeddings=False), "ternary2", "screened"))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("screen.int4", None, "no place for: screen"),
+        ("screen.dither", None, r"screen\.dither is missing"),
+        ("screen.norms", np.ones(255, np.float32), r"screen\.norms is float32\[255\]; a 256 x 32"),
+        ("screen.spreads", np.ones(256, np.float64), "known are|is float64"),
+        ("screen.dither", np.full(32, np.nan, np.float32), "needs finite float32"),
+        ("screen.scale", np.ones((), np.float32), r"screen\.scale must have 256 values"),
+        ("screen.multipliers", np.zeros((16, 2, 16), np.uint8), "multipliers must be from 1"),
+        ("screen.int4", np.zeros((16, 4, 64), np.uint8), r"screen: codes are uint8\[16, 4, 64\]"),
+        ("head", np.ones((256, 32), np.float32), "screen needs a bfloat16 head"),
+    ],
+)
+def test_damaged_screens_are_refused(screened_file, name, value, message):
+    tensors = safetensors.numpy.load_file(screened_file)
+    with safetensors.safe_open(screened_file, framework="numpy") as file:
+        metadata = file.metadata()
+    del tensors[name]
+    if value is not None:
+        tensors[name] = value
+    safetensors.numpy.save_file(tensors, screened_file, metadata)
+    with pytest.raises(ValueError, match=message):
+        load_model(screened_file)
