@@ -300,7 +300,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from bitjax.api import load
     from bitjax.demo import stream_text
-    from bitjax.infer import Generator, SamplingParams
+    from bitjax.infer import Generator, SamplingParams, memory
 
     params = SamplingParams(
         max_new_tokens=arguments.max_new_tokens,
@@ -312,6 +312,10 @@ def _generate(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         stop=tuple(arguments.stop),
     )
+    if arguments.model.is_file():
+        about = memory.mapping_warning(arguments.model.stat().st_size, memory.available_memory())
+        if about:
+            print(f"bitjax: warning: {about}", file=sys.stderr)
     stream_text(Generator(load(arguments.model, arguments.impl)), arguments.prompt, params)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 from flax import nnx
 
 from bitjax.config import DType
+from bitjax.infer.memory import available_memory, require_memory
 from bitjax.infer.programs import Program
 from bitjax.infer.sampling import SamplingArrays, SamplingParams, sample
 from bitjax.model import Cache, KVCache, Transformer
@@ -195,6 +197,17 @@ class Generator:
         if steps > 0:
             yield np.asarray(drawn_B)
 
+    def _memory(self, sequences: int, prompts: int, slots: int, bucket: int) -> int:
+        """Bytes of the caches and logits, and about those of a prefill's activations."""
+        config = self.config
+        filled = sum(math.prod(x.shape) * x.dtype.itemsize
+                     for x in jax.tree.leaves(self._empty.shapes(prompts, slots)))  # fmt: skip
+        together = min(prompts * bucket, max(PREFILL_TOKENS, bucket))
+        # A token's widest moment: gate and up, and the residual stream beside them; float32.
+        activations = 4 * together * (2 * config.intermediate_size + 2 * config.hidden_size)
+        copies = sequences / prompts if sequences > prompts else 0  # of the cache, see _spread
+        return int(filled * (1 + copies)) + activations
+
     def _start(
         self,
         prompts: Sequence[Sequence[int]],
@@ -206,7 +219,13 @@ class Generator:
         longest = max(len(t) + p.max_new_tokens for t, p in zip(prompts, params, strict=True))
         # Every prompt once, the short ones first.
         unique = sorted(dict.fromkeys(map(tuple, prompts)), key=lambda t: _bucket(len(t)))
-        filled = run(self._empty, len(unique), min(limit, _bucket(longest)))
+        slots = min(limit, _bucket(longest))
+        require_memory(
+            f"generation of {len(prompts)} sequences of up to {min(limit, longest)} tokens",
+            self._memory(len(prompts), len(unique), slots, min(limit, _bucket(len(unique[-1])))),
+            available_memory(),
+        )
+        filled = run(self._empty, len(unique), slots)
         for row, tokens_NxT, lengths_N in _prefills(unique, limit):
             filled = run(self._fill, filled, self._leaves, tokens_NxT, lengths_N, np.int32(row))
         cache, logits_UxV = filled

@@ -21,6 +21,7 @@ Deliberately absent: other backends than CPU.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import os
@@ -83,6 +84,8 @@ class Program:
             folder = directory() if _may_be_stored(leaves) else None
             run = _stored(folder, lowered) if folder else lowered.compile()
             self._compiled[key] = run, lowered.out_info
+            del lowered
+            _return_freed_memory()
         return self._compiled[key]
 
 
@@ -96,6 +99,13 @@ def directory() -> Path | None:
         return Path(base) / "bitjax" if base else Path.home() / ".cache" / "bitjax"
     except RuntimeError:  # no home directory
         return None
+
+
+def _return_freed_memory() -> None:
+    """Give back what a compilation took: tens of MB that glibc would keep beside the weights."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _may_be_stored(leaves: Sequence[Any]) -> bool:
