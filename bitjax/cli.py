@@ -223,6 +223,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=LLAMA_BENCH,GGUF[,FLAG...]",
         help="another engine's llama-bench and model, timed in turn with ours; repeatable",
     )
+    bench.add_argument(
+        "--threads", type=int, metavar="N", help="of every engine (default: all there are)"
+    )
     bench.add_argument("--rounds", type=int, default=5, help="interleaved repetitions (default: 5)")
     bench.add_argument(
         "--shape",
@@ -373,7 +376,10 @@ def _bench(arguments: argparse.Namespace) -> None:
     elif arguments.rounds < 1 or min((1, *arguments.prompt, *arguments.batch)) < 1:
         raise ValueError("rounds, prompt lengths and batch sizes must be 1 or more")
     else:
-        bench_model(arguments.model, arguments.prompt, arguments.batch, rivals, arguments.rounds)
+        bench_model(
+            arguments.model, arguments.prompt, arguments.batch, rivals, arguments.rounds,
+            arguments.threads,
+        )  # fmt: skip
 
 
 def _refuse_to_replace(arguments: argparse.Namespace) -> None:

@@ -260,9 +260,9 @@ def test_dummy_model_and_its_benchmark(tmp_path, capsys, monkeypatch):
     rival = f"other={program},{path}"
     assert run("bench", path, "--prompt", 20, "--batch", 3, "--rounds", 2, "--against", rival) == 0
     document = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert set(document["results"]) == {"decode", "prompt 20", "batch 3"}
+    assert set(document["results"]) == {"decode", "prompt 20", "batch 3", "shared 3"}
     assert document["rivals"]["other"] == {
-        "decode": [8.0, 8.0], "prompt 20": [2.0, 2.0], "batch 3": []
+        "decode": [8.0, 8.0], "prompt 20": [2.0, 2.0], "batch 3": [], "shared 3": []
     }  # fmt: skip
     for name, theirs in (("decode", 8.0), ("prompt 20", 2.0)):
         result = document["results"][name]
@@ -272,6 +272,21 @@ def test_dummy_model_and_its_benchmark(tmp_path, capsys, monkeypatch):
         assert ratio["highest"] == pytest.approx(result["fastest"] / theirs)
     assert document["results"]["batch 3"]["against"] == {}
     assert document["file_bytes"] == path.stat().st_size
+    batched = tmp_path / "llama-batched-bench"
+    batched.write_text(
+        f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\n'
+        "echo '| PP | TG | B | S_TG t/s |'\necho '| 8 | 3 | 3 | 5.00 |'\n"
+    )
+    batched.chmod(0o755)
+    assert run("bench", path, "--prompt", "--batch", 3, "--rounds", 1, "--threads", 1,
+               "--against", f"{rival},-rtr,1,-x") == 0  # fmt: skip
+    document = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    ffi.set_threads(None)
+    assert document["threads"] == 1
+    assert document["rivals"]["other"] == {"decode": [8.0], "batch 3": [5.0], "shared 3": [5.0]}
+    common = f"-m {path} -rtr -x -b 2048 -ub 512 -c 33 -t 1 -tb 1 -npp 8 -ntg 3 -npl 3"
+    assert (tmp_path / "calls").read_text().splitlines() == [common, f"{common} -pps"]
+    batched.unlink()
     fails(capsys, "there is no file", "bench", path, "--against", f"x={program},{path}.gguf")
     fails(capsys, "is not NAME=LLAMA_BENCH", "bench", path, "--against", "x")
     fails(capsys, "no room in the context of 128", "bench", path, "--prompt", 128)

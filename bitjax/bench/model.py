@@ -5,6 +5,7 @@ The measured quantities, as other engines' benchmarks have them:
     decode      tokens/s of one sequence, each token fed back, from a short context
     prompt P    tokens/s of a prompt of P tokens, up to the first drawn token
     batch B     tokens/s of B sequences together while decoding, after prompts of 128 tokens
+    shared B    the same after one prompt that all of them share
 
 The floor of a decoded token is the bytes that it must read (packed layers, norms, head and cache)
 over the memory's read bandwidth; of a prompt, its integer operations over the dot product's peak.
@@ -32,6 +33,7 @@ from bitjax.bench.rivals import Rival
 from bitjax.infer import Generator, SamplingParams
 from bitjax.model import Transformer, bit_linears
 from bitjax.model.files import load_model
+from bitjax.ops import ffi
 
 DECODED = 64  # tokens a decode round times
 BATCH_PROMPT, BATCH_DECODED = 128, 32
@@ -44,6 +46,7 @@ def bench_model(
     batches: Sequence[int],
     rivals: Sequence[Rival],
     rounds: int,
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Print a table of rates, their spread and fraction of each limit; then one line of JSON.
 
@@ -53,10 +56,13 @@ def bench_model(
         batches: numbers of sequences.
         rivals: other engines, which take their turn in every round.
         rounds: interleaved repetitions; medians are reported.
+        workers: threads of every engine; all that this process may use if None.
 
     Raises:
         ValueError: not a model file, a prompt beyond the context, or an engine that fails.
     """
+    ffi.set_threads(workers)
+    workers = workers or threads()
     started = time.perf_counter()
     model = load_model(path, check=False)
     generator = Generator(model, cache_dtype="bfloat16")  # other engines: float16
@@ -68,6 +74,9 @@ def bench_model(
         works[f"prompt {P}"] = lambda P=P: _prompt(generator, P)
     for B in batches:
         works[f"batch {B}"] = lambda B=B: _decode(generator, B, BATCH_PROMPT, BATCH_DECODED)
+        works[f"shared {B}"] = lambda B=B: _decode(
+            generator, B, BATCH_PROMPT, BATCH_DECODED, shared=True
+        )
     for work in works.values():
         work()  # compiles
 
@@ -77,12 +86,12 @@ def bench_model(
     }
     read, peak = [], []
     for _ in range(rounds):
-        read.append(read_bandwidth(threads()))
-        peak.append(dot_peak(threads()))
+        read.append(read_bandwidth(workers))
+        peak.append(dot_peak(workers))
         for name, work in works.items():
             rates[name].append(work())
             for rival in rivals:
-                rate = rival.measure(name, threads())
+                rate = rival.measure(name, workers, BATCH_PROMPT, BATCH_DECODED)
                 if rate is not None:
                     theirs[rival.name][name].append(rate)
     limits = _limits(model, statistics.median(read), statistics.median(peak))
@@ -99,9 +108,10 @@ def bench_model(
         }
         for name, values in rates.items()
     }
-    _print_table(path, results, theirs, statistics.median(read), statistics.median(peak))
+    _print_table(path, results, theirs, statistics.median(read), statistics.median(peak), workers)
     document = {
         **machine(),
+        "threads": workers,
         "model": path.name,
         "file_bytes": path.stat().st_size,
         "load_s": loaded,
@@ -116,9 +126,13 @@ def bench_model(
     return document
 
 
-def _decode(generator: Generator, sequences: int, prompt: int, count: int) -> float:
+def _decode(
+    generator: Generator, sequences: int, prompt: int, count: int, shared: bool = False
+) -> float:
     """Tokens per second of all sequences together; the first tokens are not timed."""
-    prompts = _random_prompts(generator, sequences, prompt)
+    prompts = _random_prompts(generator, 1 if shared else sequences, prompt)
+    if shared:
+        prompts *= sequences
     params = [SamplingParams(max_new_tokens=count + 2, temperature=0)] * sequences
     tokens = generator.tokens(prompts, params)
     next(tokens)
@@ -174,7 +188,12 @@ def _ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
 
 
 def _print_table(
-    path: Path, results: dict[str, Any], theirs: dict[str, Any], read: float, peak: float
+    path: Path,
+    results: dict[str, Any],
+    theirs: dict[str, Any],
+    read: float,
+    peak: float,
+    workers: int,
 ) -> None:
     rows = []
     for name, r in results.items():
@@ -189,6 +208,6 @@ def _print_table(
     terminal.table(
         ("work", "engine", "tokens/s", "limit, or ratio"),
         rows,
-        title=f"{path.name}, {threads()} threads; memory reads {read / 1e9:.1f} GB/s, "
+        title=f"{path.name}, {workers} threads; memory reads {read / 1e9:.1f} GB/s, "
         f"dot products {peak / 1e9:.0f} GOP/s",
     )
