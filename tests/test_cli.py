@@ -368,3 +368,25 @@ def test_demo_end_to_end(text, tmp_path, capsys, monkeypatch):
         "ternary-packed.safetensors", "loss.png",
     }  # fmt: skip
     assert (tmp_path / "demo" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value", "message"),
+    [
+        ("blocks.0.ffn.down.weight.ternary2", 0b11, "holds the code 3"),
+        ("blocks.0.ffn.down.weight.ternary1.6", 243, "holds a byte above 242"),
+        ("embedding.multipliers", 16, "multipliers must be from 1 to 15"),
+        ("embedding.multipliers", 0, "multipliers must be from 1 to 15"),
+    ],
+)
+def test_damaged_weights_are_one_sentence(tmp_path, capsys, tensor, value, message):
+    layout = "ternary1.6" if tensor.endswith("1.6") else "ternary2"
+    path = tmp_path / "model.safetensors"
+    save_model(path, pack_model(tiny_model(num_layers=1), layout, "int4"))
+    raw = bytearray(path.read_bytes())
+    length = int.from_bytes(raw[:8], "little")
+    first, last = json.loads(raw[8 : 8 + length])[tensor]["data_offsets"]
+    raw[8 + length + (first + last) // 2] = value
+    path.write_bytes(raw)
+    for command in ("generate", "eval", "inspect"):
+        fails(capsys, message, command, path)
