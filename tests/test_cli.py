@@ -275,7 +275,7 @@ def test_dummy_model_and_its_benchmark(tmp_path, capsys, monkeypatch):
     batched = tmp_path / "llama-batched-bench"
     batched.write_text(
         f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\n'
-        "echo '| PP | TG | B | S_TG t/s |'\necho '| 8 | 3 | 3 | 5.00 |'\n"
+        "echo '| PP | TG | B | S_TG t/s |' >&2\necho '| 8 | 3 | 3 | 5.00 |' >&2\n"
     )
     batched.chmod(0o755)
     assert run("bench", path, "--prompt", "--batch", 3, "--rounds", 1, "--threads", 1,
@@ -284,7 +284,7 @@ def test_dummy_model_and_its_benchmark(tmp_path, capsys, monkeypatch):
     ffi.set_threads(None)
     assert document["threads"] == 1
     assert document["rivals"]["other"] == {"decode": [8.0], "batch 3": [5.0], "shared 3": [5.0]}
-    common = f"-m {path} -rtr -x -b 2048 -ub 512 -c 33 -t 1 -tb 1 -npp 8 -ntg 3 -npl 3"
+    common = f"-m {path} -rtr -x -b 2048 -ub 512 -t 1 -c 33 -tb 1 -npp 8 -ntg 3 -npl 3"
     assert (tmp_path / "calls").read_text().splitlines() == [common, f"{common} -pps"]
     batched.unlink()
     fails(capsys, "there is no file", "bench", path, "--against", f"x={program},{path}.gguf")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
+import tempfile
 from pathlib import Path
 
 
@@ -81,12 +82,15 @@ class Rival:
         if "-rtr" in flags:  # takes a value in llama-bench, and none here
             del flags[flags.index("-rtr") + 1]
         # Sequences x all their tokens: enough also where an engine divides the context evenly.
-        command = [str(program), "-m", str(self.model), *flags, "-b", "2048", "-ub", "512",
-                   "-c", str(sequences * (prompt + decoded)), "-t", str(threads),
+        command = [str(program.resolve()), "-m", str(self.model.resolve()), *flags,
+                   "-b", "2048", "-ub", "512", "-t", str(threads),
+                   "-c", str(sequences * (prompt + decoded)),
                    "-tb", str(threads), "-npp", str(prompt), "-ntg", str(decoded),
                    "-npl", str(sequences), *(["-pps"] if shared else [])]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        rate = batched_rate(done.stdout, sequences)
+        with tempfile.TemporaryDirectory() as folder:  # ik_llama.cpp leaves a log where it runs
+            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+        # ik_llama.cpp prints its table to the standard error.
+        rate = batched_rate(f"{done.stdout}\n{done.stderr}", sequences)
         if rate is None:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ValueError(f"{' '.join(command)} failed: {last}")
