@@ -12,8 +12,6 @@ from pathlib import Path
 from bitjax.model import Transformer
 from bitjax.model.files import load_model
 from bitjax.ops import Impl
-from bitjax.train import Trainer
-from bitjax.train.checkpoint import read_run
 
 
 def load(path: str | Path, impl: Impl = "auto") -> Transformer:
@@ -28,6 +26,9 @@ def load(path: str | Path, impl: Impl = "auto") -> Transformer:
     """
     path = Path(path)
     if path.is_dir():
+        from bitjax.train import Trainer  # takes a while to import
+        from bitjax.train.checkpoint import read_run
+
         config, _, state = read_run(path)
         return Trainer(config).model(state.params)
     if not path.exists():

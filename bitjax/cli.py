@@ -243,6 +243,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=LLAMA_BENCH,GGUF[,FLAG...]",
         help="another engine's llama-bench and model, timed in turn with ours; repeatable",
     )
+    bench.add_argument(
+        "--threads", type=int, metavar="N", help="of every engine (default: all there are)"
+    )
     bench.add_argument("--rounds", type=int, default=5, help="interleaved repetitions (default: 5)")
     bench.add_argument(
         "--shape",
@@ -320,7 +323,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from bitjax.api import load
     from bitjax.demo import stream_text
-    from bitjax.infer import Generator, SamplingParams
+    from bitjax.infer import Generator, SamplingParams, memory
 
     params = SamplingParams(
         max_new_tokens=arguments.max_new_tokens,
@@ -332,6 +335,10 @@ def _generate(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         stop=tuple(arguments.stop),
     )
+    if arguments.model.is_file():
+        about = memory.mapping_warning(arguments.model.stat().st_size, memory.available_memory())
+        if about:
+            print(f"bitjax: warning: {about}", file=sys.stderr)
     generator = Generator(load(arguments.model, arguments.impl), arguments.cache)
     stream_text(generator, arguments.prompt, params)
 
@@ -392,7 +399,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     else:
         bench_model(
             arguments.model, arguments.prompt, arguments.context, arguments.batch, rivals,
-            arguments.rounds, arguments.cache,
+            arguments.rounds, arguments.cache, arguments.threads,
         )  # fmt: skip
 
 

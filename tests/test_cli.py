@@ -261,9 +261,12 @@ def test_dummy_model_and_its_benchmark(tmp_path, capsys, monkeypatch):
     rival = f"other={program},{path}"
     assert run("bench", path, "--prompt", 20, "--batch", 3, "--rounds", 2, "--against", rival) == 0
     document = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert set(document["results"]) == {"decode", "prompt 20", "context 128", "batch 3"}
+    assert set(document["results"]) == {
+        "decode", "prompt 20", "context 128", "batch 3", "shared 3"
+    }  # fmt: skip
     assert document["rivals"]["other"] == {
-        "decode": [8.0, 8.0], "prompt 20": [2.0, 2.0], "context 128": [], "batch 3": []
+        "decode": [8.0, 8.0], "prompt 20": [2.0, 2.0], "context 128": [], "batch 3": [],
+        "shared 3": [],
     }  # fmt: skip
     for name, theirs in (("decode", 8.0), ("prompt 20", 2.0)):
         result = document["results"][name]
@@ -273,6 +276,21 @@ def test_dummy_model_and_its_benchmark(tmp_path, capsys, monkeypatch):
         assert ratio["highest"] == pytest.approx(result["fastest"] / theirs)
     assert document["results"]["batch 3"]["against"] == {}
     assert document["file_bytes"] == path.stat().st_size
+    batched = tmp_path / "llama-batched-bench"
+    batched.write_text(
+        f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\n'
+        "echo '| PP | TG | B | S_TG t/s |' >&2\necho '| 8 | 3 | 3 | 5.00 |' >&2\n"
+    )
+    batched.chmod(0o755)
+    assert run("bench", path, "--prompt", "--batch", 3, "--rounds", 1, "--threads", 1,
+               "--against", f"{rival},-rtr,1,-x") == 0  # fmt: skip
+    document = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    ffi.set_threads(None)
+    assert document["threads"] == 1
+    assert document["rivals"]["other"] == {"decode": [8.0], "batch 3": [5.0], "shared 3": [5.0]}
+    common = f"-m {path} -rtr -x -b 2048 -ub 512 -t 1 -c 33 -tb 1 -npp 8 -ntg 3 -npl 3"
+    assert (tmp_path / "calls").read_text().splitlines() == [common, f"{common} -pps"]
+    batched.unlink()
     fails(capsys, "there is no file", "bench", path, "--against", f"x={program},{path}.gguf")
     fails(capsys, "is not NAME=LLAMA_BENCH", "bench", path, "--against", "x")
     fails(capsys, "no room in the context of 128", "bench", path, "--prompt", 128)
@@ -368,3 +386,25 @@ def test_demo_end_to_end(text, tmp_path, capsys, monkeypatch):
         "ternary-packed.safetensors", "loss.png",
     }  # fmt: skip
     assert (tmp_path / "demo" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value", "message"),
+    [
+        ("blocks.0.ffn.down.weight.ternary2", 0b11, "holds the code 3"),
+        ("blocks.0.ffn.down.weight.ternary1.6", 243, "holds a byte above 242"),
+        ("embedding.multipliers", 16, "multipliers must be from 1 to 15"),
+        ("embedding.multipliers", 0, "multipliers must be from 1 to 15"),
+    ],
+)
+def test_damaged_weights_are_one_sentence(tmp_path, capsys, tensor, value, message):
+    layout = "ternary1.6" if tensor.endswith("1.6") else "ternary2"
+    path = tmp_path / "model.safetensors"
+    save_model(path, pack_model(tiny_model(num_layers=1), layout, "int4"))
+    raw = bytearray(path.read_bytes())
+    length = int.from_bytes(raw[:8], "little")
+    first, last = json.loads(raw[8 : 8 + length])[tensor]["data_offsets"]
+    raw[8 + length + (first + last) // 2] = value
+    path.write_bytes(raw)
+    for command in ("generate", "eval", "inspect"):
+        fails(capsys, message, command, path)

@@ -6,6 +6,7 @@ The measured quantities, as other engines' benchmarks have them:
     prompt P    tokens/s of a prompt of P tokens, up to the first drawn token
     context C   tokens/s of one sequence over the last tokens before position C
     batch B     tokens/s of B sequences together while decoding, after prompts of 128 tokens
+    shared B    the same after one prompt that all of them share
 
 The floor of a decoded token is the bytes that it must read (packed layers, norms, head and cache)
 over the memory's read bandwidth; of a prompt, its integer operations over the dot product's peak.
@@ -34,6 +35,7 @@ from bitjax.config import CacheDType
 from bitjax.infer import Generator, SamplingParams
 from bitjax.model import Transformer, bit_linears
 from bitjax.model.files import load_model
+from bitjax.ops import ffi
 from bitjax.ops.reference import KEY_BLOCK
 
 DECODED = 64  # tokens a decode round times
@@ -50,6 +52,7 @@ def bench_model(
     rivals: Sequence[Rival],
     rounds: int,
     cache_dtype: CacheDType = "bfloat16",  # other engines: float16
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Print a table of rates, their spread and fraction of each limit; then one line of JSON.
 
@@ -61,10 +64,13 @@ def bench_model(
         rivals: other engines, which take their turn in every round.
         rounds: interleaved repetitions; medians are reported.
         cache_dtype: of keys and values.
+        workers: threads of every engine; all that this process may use if None.
 
     Raises:
         ValueError: not a model file, a prompt beyond the context, or an engine that fails.
     """
+    ffi.set_threads(workers)
+    workers = workers or threads()
     started = time.perf_counter()
     model = load_model(path, check=False)
     generator = Generator(model, cache_dtype)
@@ -80,6 +86,9 @@ def bench_model(
         works[f"context {C}"] = lambda C=C: _decode(generator, 1, C - DECODED - 2, DECODED)
     for B in batches:
         works[f"batch {B}"] = lambda B=B: _decode(generator, B, BATCH_PROMPT, BATCH_DECODED)
+        works[f"shared {B}"] = lambda B=B: _decode(
+            generator, B, BATCH_PROMPT, BATCH_DECODED, shared=True
+        )
     for work in works.values():
         work()  # compiles
 
@@ -89,12 +98,12 @@ def bench_model(
     }
     read, peak = [], []
     for _ in range(rounds):
-        read.append(read_bandwidth(threads()))
-        peak.append(dot_peak(threads()))
+        read.append(read_bandwidth(workers))
+        peak.append(dot_peak(workers))
         for name, work in works.items():
             rates[name].append(work())
             for rival in rivals:
-                rate = rival.measure(name, threads())
+                rate = rival.measure(name, workers, BATCH_PROMPT, BATCH_DECODED)
                 if rate is not None:
                     theirs[rival.name][name].append(rate)
     limits = _limits(model, cache_dtype, statistics.median(read), statistics.median(peak))
@@ -111,9 +120,10 @@ def bench_model(
         }
         for name, values in rates.items()
     }
-    _print_table(path, results, theirs, statistics.median(read), statistics.median(peak))
+    _print_table(path, results, theirs, statistics.median(read), statistics.median(peak), workers)
     document = {
         **machine(),
+        "threads": workers,
         "model": path.name,
         "cache": cache_dtype,
         "file_bytes": path.stat().st_size,
@@ -129,9 +139,13 @@ def bench_model(
     return document
 
 
-def _decode(generator: Generator, sequences: int, prompt: int, count: int) -> float:
+def _decode(
+    generator: Generator, sequences: int, prompt: int, count: int, shared: bool = False
+) -> float:
     """Tokens per second of all sequences together; the first tokens are not timed."""
-    prompts = _random_prompts(generator, sequences, prompt)
+    prompts = _random_prompts(generator, 1 if shared else sequences, prompt)
+    if shared:
+        prompts *= sequences
     params = [SamplingParams(max_new_tokens=count + 2, temperature=0)] * sequences
     tokens = generator.tokens(prompts, params)
     next(tokens)
@@ -194,7 +208,12 @@ def _ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
 
 
 def _print_table(
-    path: Path, results: dict[str, Any], theirs: dict[str, Any], read: float, peak: float
+    path: Path,
+    results: dict[str, Any],
+    theirs: dict[str, Any],
+    read: float,
+    peak: float,
+    workers: int,
 ) -> None:
     rows = []
     for name, r in results.items():
@@ -209,6 +228,6 @@ def _print_table(
     terminal.table(
         ("work", "engine", "tokens/s", "limit, or ratio"),
         rows,
-        title=f"{path.name}, {threads()} threads; memory reads {read / 1e9:.1f} GB/s, "
+        title=f"{path.name}, {workers} threads; memory reads {read / 1e9:.1f} GB/s, "
         f"dot products {peak / 1e9:.0f} GOP/s",
     )

@@ -1,16 +1,19 @@
 """Text generation: one prefill, then one compiled decode step reused for every token.
 
-Prompts are padded on the right to a power of two, so that few prefill programs are ever compiled;
-each sequence has its own length and position. The KV cache is allocated once and donated from
-step to step.
+Prompts are padded on the right to one of a few lengths, so that few prefill programs are ever
+compiled, and run together with others of that length; equal prompts of a batch are run once and
+their cache is copied. Each sequence has its own length and position. The KV cache is allocated once
+and donated from step to step.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,11 +22,14 @@ import numpy as np
 from flax import nnx
 
 from bitjax.config import CacheDType
+from bitjax.infer.memory import available_memory, require_memory
+from bitjax.infer.programs import Program
 from bitjax.infer.sampling import SamplingArrays, SamplingParams, exact_ranks, sample
-from bitjax.model import Cache, Transformer
+from bitjax.model import Cache, KVCache, Transformer
 from bitjax.tokenizer import ByteTokenizer
 
-SMALLEST_PROMPT_BUCKET = 16  # tokens; shorter prompts are padded to it
+SMALLEST_BUCKET = 16  # tokens; shorter prompts are padded to it
+PREFILL_TOKENS = 1024  # run at once, or one prompt: enough to hide reading the weights
 
 
 @jax.tree_util.register_dataclass
@@ -91,9 +97,11 @@ class Generator:
             )
         # Leaves alone: to flatten the tree of a large model anew takes 0.3 ms a token.
         self._leaves, tree = jax.tree.flatten(nnx.split(model))
-        self._prefill = jax.jit(functools.partial(_prefill, tree), donate_argnums=3)
-        self._decode = jax.jit(functools.partial(_decode, tree), donate_argnums=1)
-        self._empty_cache = functools.partial(model.empty_cache, dtype=cache_dtype)
+        self._empty = Program(functools.partial(_empty, model, cache_dtype), static=2)
+        self._fill = Program(functools.partial(_fill, tree, cache_dtype), donate=0)
+        self._spread = Program(_spread)
+        self._first = Program(functools.partial(_first, tree))
+        self._decode = Program(functools.partial(_decode, tree), donate=1)
 
     def stream(self, prompt: str, params: SamplingParams | None = None) -> Stream:
         """Generate from one prompt, piece by piece.
@@ -107,9 +115,9 @@ class Generator:
         """Compile for one such sequence, before anything is timed."""
         params = params or SamplingParams()
         self._room(prompt, params)
-        tokens = self._tokens([prompt], [params])
-        next(tokens)
-        next(tokens)
+        batch = [self.tokenizer.encode(prompt).tolist()]
+        drawn_B, state, settings = self._start(batch, [params], Program.shapes)
+        self._decode.compiled(self._leaves, state, drawn_B, settings)
 
     def generate(
         self,
@@ -178,26 +186,64 @@ class Generator:
             prompts: token ids of each sequence, one or more, within the context.
             params: of each sequence.
         """
-        lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-        limit = self.config.max_seq_len
-        bucket = min(limit, max(SMALLEST_PROMPT_BUCKET, _power_of_two(int(lengths_B.max()))))
-        tokens_BxT = np.zeros((len(prompts), bucket), np.int32)
-        for row, tokens in zip(tokens_BxT, prompts, strict=True):
-            row[: len(tokens)] = tokens
-        settings = SamplingArrays.stack(params)
-        longest = max(n + p.max_new_tokens for n, p in zip(lengths_B.tolist(), params, strict=True))
-        cache = self._empty_cache(len(prompts), min(limit, _power_of_two(max(bucket, longest))))
-        drawn_B, state = self._prefill(self._leaves, tokens_BxT, lengths_B, cache, settings)
+        drawn_B, state, settings = self._start(prompts, params, Program.__call__)
         yield np.asarray(drawn_B)  # before the decode step compiles
         steps = max(p.max_new_tokens for p in params) - 1
         if steps > 0:
-            drawn_B, state = self._decode(self._leaves, state, drawn_B, settings)
+            decode = self._decode.compiled(self._leaves, state, drawn_B, settings)
+            drawn_B, state = decode(self._leaves, state, drawn_B, settings)
         for _ in range(steps - 1):
             known_B = drawn_B
-            drawn_B, state = self._decode(self._leaves, state, drawn_B, settings)
+            drawn_B, state = decode(self._leaves, state, drawn_B, settings)
             yield np.asarray(known_B)
         if steps > 0:
             yield np.asarray(drawn_B)
+
+    def _memory(self, sequences: int, prompts: int, slots: int, bucket: int) -> int:
+        """Bytes of the caches, and about those of a prefill's activations."""
+        config = self.config
+        filled = sum(math.prod(x.shape) * x.dtype.itemsize
+                     for x in jax.tree.leaves(self._empty.shapes(prompts, slots)))  # fmt: skip
+        together = min(prompts * bucket, max(PREFILL_TOKENS, bucket))
+        # A token's widest moment: gate and up, and the residual stream beside them; float32.
+        activations = 4 * together * (2 * config.intermediate_size + 2 * config.hidden_size)
+        copies = sequences / prompts if sequences > prompts else 0  # of the cache, see _spread
+        return int(filled * (1 + copies)) + activations
+
+    def _start(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        run: Callable[..., Any],
+    ) -> tuple[jax.Array, DecodeState, SamplingArrays]:
+        """Run the prompts and draw the first tokens; or, with `Program.shapes`, only compile."""
+        limit = self.config.max_seq_len
+        longest = max(len(t) + p.max_new_tokens for t, p in zip(prompts, params, strict=True))
+        # Every prompt once, the short ones first.
+        unique = sorted(dict.fromkeys(map(tuple, prompts)), key=lambda t: _bucket(len(t)))
+        slots = min(limit, _bucket(longest))
+        require_memory(
+            f"generation of {len(prompts)} sequences of up to {min(limit, longest)} tokens",
+            self._memory(len(prompts), len(unique), slots, min(limit, _bucket(len(unique[-1])))),
+            available_memory(),
+        )
+        filled = run(self._empty, len(unique), slots)
+        for row, tokens_NxT, lengths_N in _prefills(unique, limit):
+            filled = run(self._fill, filled, self._leaves, tokens_NxT, lengths_N, np.int32(row))
+        cache, hidden_UxD = filled
+        rows = {tokens: row for row, tokens in enumerate(unique)}
+        rows_B = np.array([rows[tuple(tokens)] for tokens in prompts], np.int32)
+        if len(rows_B) > len(unique) or (np.diff(rows_B) < 0).any():
+            cache = tuple(run(self._spread, layer, rows_B) for layer in cache)
+        settings = SamplingArrays.stack(params)
+        seen_BxV = np.zeros((len(prompts), self.config.vocab_size), bool)
+        for seen, tokens in zip(seen_BxV, prompts, strict=True):
+            seen[list(tokens)] = True
+        lengths_B = np.array([len(tokens) for tokens in prompts], np.int32)
+        drawn_B, seen_BxV = run(
+            self._first, self._leaves, hidden_UxD, rows_B, lengths_B, seen_BxV, settings
+        )
+        return drawn_B, DecodeState(cache, jnp.asarray(lengths_B), seen_BxV), settings
 
 
 class Stream:
@@ -231,9 +277,33 @@ class Stream:
         )  # fmt: skip
 
 
-def _power_of_two(n: int) -> int:
-    """The smallest one that is n or more: few sizes, few compiled programs."""
-    return 1 << (n - 1).bit_length()
+def _bucket(n: int) -> int:
+    """n rounded up: to a multiple of 16, of the power of two below n over 4 if that is more.
+
+    Few sizes mean few compiled programs; the rounding adds less than a quarter beyond 64.
+    """
+    step = max(SMALLEST_BUCKET, 1 << max(0, (n - 1).bit_length() - 3))
+    return -(-n // step) * step
+
+
+def _prefills(
+    prompts: Sequence[tuple[int, ...]], limit: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """First row, padded tokens int32 `[N, T]` and lengths `[N]` of prompts to be run together."""
+    first = 0
+    for bucket, group in itertools.groupby(prompts, key=lambda tokens: _bucket(len(tokens))):
+        count = len(list(group))
+        parts = -(-count // max(1, PREFILL_TOKENS // bucket))
+        size = -(-count // parts)
+        for part in range(parts):
+            # All parts are of one size, so of one program: the last one runs some prompts again.
+            row = first + min(part * size, count - size)
+            together = prompts[row : row + size]
+            tokens_NxT = np.zeros((size, min(limit, bucket)), np.int32)
+            for padded, tokens in zip(tokens_NxT, together, strict=True):
+                padded[: len(tokens)] = tokens
+            yield row, tokens_NxT, np.array([len(tokens) for tokens in together], np.int32)
+        first += count
 
 
 class _TextWriter:
@@ -279,28 +349,57 @@ class _TextWriter:
         )
 
 
-def _prefill(
+Filled = tuple[Cache, jax.Array]  # of every prompt: its cache, and the last hidden state [U, D]
+
+
+def _empty(model: Transformer, dtype: CacheDType | None, prompts: int, length: int) -> Filled:
+    cache = model.empty_cache(prompts, length, dtype)
+    return cache, jnp.zeros((prompts, model.config.hidden_size), model.dtype)
+
+
+def _fill(
+    tree: Any,
+    dtype: CacheDType | None,
+    filled: Filled,
+    leaves: list[Any],
+    tokens_NxT: jax.Array,
+    lengths_N: jax.Array,
+    row: jax.Array,
+) -> Filled:
+    """Run right-padded prompts; their caches and hidden states become the rows from `row` on."""
+    model: Transformer = nnx.merge(*jax.tree.unflatten(tree, leaves))
+    N, T = tokens_NxT.shape
+    positions_NxT = jnp.broadcast_to(jnp.arange(T), (N, T))
+    hidden_NxTxD, cache = model.extend(tokens_NxT, positions_NxT, model.empty_cache(N, T, dtype))
+    hidden_NxD = hidden_NxTxD[jnp.arange(N), lengths_N - 1]
+    return jax.tree.map(
+        lambda whole, part: jax.lax.dynamic_update_slice(
+            whole, part, (row, *[0] * (whole.ndim - 1))
+        ),
+        filled,
+        (cache, hidden_NxD),
+    )
+
+
+def _spread(layer: KVCache, rows_B: jax.Array) -> KVCache:
+    """The cache of each sequence, out of the cache of each prompt."""
+    return jax.tree.map(lambda part: part[rows_B], layer)
+
+
+def _first(
     tree: Any,
     leaves: list[Any],
-    tokens_BxT: jax.Array,
+    hidden_UxD: jax.Array,
+    rows_B: jax.Array,
     lengths_B: jax.Array,
-    cache: Cache,
+    seen_BxV: jax.Array,
     settings: SamplingArrays,
-) -> tuple[jax.Array, DecodeState]:
-    """Run right-padded prompts and draw the first token of each sequence, int32 `[B]`."""
+) -> tuple[jax.Array, jax.Array]:
+    """Draw the first token of each sequence; returns them, and the tokens seen with them."""
     model: Transformer = nnx.merge(*jax.tree.unflatten(tree, leaves))
-    positions_BxT = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)
-    hidden_BxTxD, new_cache = model.extend(tokens_BxT, positions_BxT, cache)
-    assert new_cache is not None
-    rows_B = jnp.arange(tokens_BxT.shape[0])
-    inside_BxT = positions_BxT < lengths_B[:, None]
-    seen_BxV = jnp.zeros((tokens_BxT.shape[0], model.config.vocab_size), bool)
-    seen_BxV = seen_BxV.at[rows_B[:, None], tokens_BxT].max(inside_BxT)
-    hidden_BxD = hidden_BxTxD[rows_B, lengths_B - 1]
-    logits_BxV = model.next_logits(hidden_BxD, exact_ranks(seen_BxV, settings))
+    logits_BxV = model.next_logits(hidden_UxD[rows_B], exact_ranks(seen_BxV, settings))
     drawn_B = sample(logits_BxV, seen_BxV, lengths_B, settings)
-    seen_BxV = seen_BxV.at[rows_B, drawn_B].set(True)
-    return drawn_B, DecodeState(new_cache, lengths_B, seen_BxV)
+    return drawn_B, seen_BxV.at[jnp.arange(len(rows_B)), drawn_B].set(True)
 
 
 def _decode(

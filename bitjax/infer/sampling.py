@@ -85,17 +85,13 @@ class SamplingArrays:
     def stack(cls, params: Sequence[SamplingParams]) -> SamplingArrays:
         """The settings of each sequence, in order."""
         kinds = {"top_k": np.int32, "seed": np.uint32}
-        return cls(
-            **{
-                field.name: jnp.asarray(
-                    np.array(
-                        [getattr(p, field.name) for p in params],
-                        kinds.get(field.name, np.float32),
-                    )
-                )
-                for field in dataclasses.fields(cls)
-            }
-        )
+        stacked = {
+            field.name: np.array(
+                [getattr(p, field.name) for p in params], kinds.get(field.name, np.float32)
+            )
+            for field in dataclasses.fields(cls)
+        }
+        return jax.device_put(cls(**stacked))  # type: ignore[arg-type]
 
 
 def sample(

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tiny import changed, tiny_config, tiny_model
 
 from bitjax.infer import Generator, SamplingParams, pack_model
-from bitjax.infer.generator import _TextWriter
+from bitjax.infer.generator import PREFILL_TOKENS, _bucket, _prefills, _TextWriter
+from bitjax.infer.programs import Program
 from bitjax.tokenizer import ByteTokenizer
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=14)
@@ -122,10 +123,75 @@ def test_one_compiled_step_serves_every_token_and_every_setting():
         gen.generate(["hello"], params)
         list(gen.stream("a prompt of the same bucket"[:16], params))
     gen.compile("hello")
-    assert gen._decode._cache_size() == 1
-    assert gen._prefill._cache_size() == 1
+    assert len(gen._decode) == len(gen._fill) == len(gen._first) == 1
     gen.generate(PROMPTS, GREEDY)  # another batch size, another program
-    assert gen._decode._cache_size() == 2
+    assert len(gen._decode) == 2
+
+
+def counting_prefills(monkeypatch):
+    """Shapes of the prompts that are run from now on."""
+    shapes, run = [], Program.__call__
+
+    def counted(program, *arguments):
+        if len(arguments) == 5 and getattr(arguments[2], "ndim", 0) == 2:
+            shapes.append(arguments[2].shape)
+        return run(program, *arguments)
+
+    monkeypatch.setattr(Program, "__call__", counted)
+    return shapes
+
+
+def test_equal_prompts_are_run_once(monkeypatch):
+    gen = generator("packed")
+    prompts = ["hello", "a longer prompt, 31", "hello", "x", "a longer prompt, 31", "hello"]
+    params = [SamplingParams(max_new_tokens=9, temperature=1.0, seed=s) for s in range(6)]
+    alone = [gen.generate([prompt], p)[0] for prompt, p in zip(prompts, params, strict=True)]
+    shapes = counting_prefills(monkeypatch)
+    assert [what(c) for c in gen.generate(prompts, params)] == [what(c) for c in alone]
+    assert shapes == [(2, 16), (1, 32)]  # "hello" and "x", then the longer one
+    assert len({c.text for c in alone}) == 6
+    shapes.clear()
+    texts = {c.text for c in gen.generate(["hello"] * 6, params)}
+    assert shapes == [(1, 16)]
+    assert len(texts) == 6
+
+
+def test_many_prompts_are_run_in_parts_of_one_size(monkeypatch):
+    monkeypatch.setattr("bitjax.infer.generator.PREFILL_TOKENS", 48)
+    gen = generator("packed")
+    prompts = [chr(97 + i) * (1 + i % 3) for i in range(7)]
+    alone = [gen.generate([prompt], GREEDY)[0] for prompt in prompts]
+    shapes = counting_prefills(monkeypatch)
+    assert [what(c) for c in gen.generate(prompts, GREEDY)] == [what(c) for c in alone]
+    assert shapes == [(3, 16)] * 3
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40))
+def test_every_prompt_is_run_and_little_besides(lengths):
+    prompts = sorted(
+        ((i, *range(n - 1)) for i, n in enumerate(lengths)), key=lambda p: _bucket(len(p))
+    )
+    held = {}
+    cost = 0
+    for row, tokens_NxT, lengths_N in _prefills(prompts, 300):
+        assert tokens_NxT.size <= max(PREFILL_TOKENS, tokens_NxT.shape[1])
+        cost += tokens_NxT.size
+        for i, (tokens, length) in enumerate(zip(tokens_NxT, lengths_N, strict=True)):
+            held[row + i] = tuple(tokens[:length].tolist())
+            assert not tokens[length:].any()
+            assert length <= tokens_NxT.shape[1] < max(17, 1.25 * length + 16)
+    assert [held[row] for row in range(len(prompts))] == prompts
+    buckets = len({_bucket(n) for n in lengths})
+    # Padding to a bucket, and in each bucket one part that is not full.
+    assert cost <= sum(map(_bucket, lengths)) + buckets * PREFILL_TOKENS
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 64, 65, 128, 129, 160, 161, 256, 257, 4095, 4096])
+def test_buckets(n):
+    rounded = _bucket(n)
+    assert n <= rounded < n + max(16, n / 4)
+    assert rounded % 16 == 0
+    assert _bucket(rounded) == rounded
 
 
 @pytest.mark.parametrize("form", ["packed", "packed tables"])
@@ -157,7 +223,7 @@ def test_bfloat16_follows_float32():
     model = changed(tiny("packed"))
     model.dtype = jnp.dtype("bfloat16")
     gen = Generator(model)
-    assert gen._empty_cache(1, 4)[0].keys.dtype == jnp.bfloat16
+    assert gen._empty(1, 4)[0][0].keys.dtype == jnp.bfloat16
     drawn = []
     for tokens in gen._tokens(["hello"], [GREEDY]):
         drawn.append(int(tokens[0]))
