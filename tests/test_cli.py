@@ -287,7 +287,9 @@ def test_dummy_model_and_its_benchmark(tmp_path, capsys, monkeypatch):
     document = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     ffi.set_threads(None)
     assert document["threads"] == 1
-    assert document["rivals"]["other"] == {"decode": [8.0], "batch 3": [5.0], "shared 3": [5.0]}
+    assert document["rivals"]["other"] == {
+        "decode": [8.0], "context 128": [], "batch 3": [5.0], "shared 3": [5.0]
+    }  # fmt: skip
     common = f"-m {path} -rtr -x -b 2048 -ub 512 -t 1 -c 33 -tb 1 -npp 8 -ntg 3 -npl 3"
     assert (tmp_path / "calls").read_text().splitlines() == [common, f"{common} -pps"]
     batched.unlink()

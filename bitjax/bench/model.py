@@ -194,6 +194,7 @@ def _limits(model: Transformer, cache_dtype: CacheDType, read: float, peak: floa
             "decode": lambda: (1, SHORT_PROMPT + DECODED / 2),
             "context": lambda: (1, int(size) - DECODED / 2),
             "batch": lambda: (int(size), BATCH_PROMPT + BATCH_DECODED / 2),
+            "shared": lambda: (int(size), BATCH_PROMPT + BATCH_DECODED / 2),
         }[kind]()
         moved = layers + head_bytes + sequences * cache_slot * slots
         work = 2 * sequences * float(weights + head_weights)

@@ -207,7 +207,7 @@ def test_implementations_give_the_same_text(form):
 def test_a_cache_of_another_dtype(cache_dtype):
     """It is what is asked for; together as alone, and by the custom call as by the reference."""
     gen = Generator(tiny("packed"), cache_dtype)
-    cache = gen._empty_cache(1, 65)[0]
+    cache = gen._empty(1, 65)[0][0]
     assert cache.keys.dtype == cache.values.dtype == cache_dtype
     assert cache.values.size == 128 * gen.config.num_kv_heads * gen.config.head_dim
     texts = [completion.text for completion in gen.generate(PROMPTS, GREEDY)]
@@ -246,7 +246,8 @@ class Script(nnx.Module):
 
     def __init__(self, text):
         raw = text.encode() if isinstance(text, str) else text
-        self.config = tiny_config(max_seq_len=SCRIPT_LIMIT)
+        self.config = tiny_config(max_seq_len=SCRIPT_LIMIT, hidden_size=256)
+        self.dtype = jnp.dtype("float32")
         self.script = nnx.Param(jnp.asarray(list(raw.ljust(SCRIPT_LIMIT, b".")), jnp.int32))
 
     def empty_cache(self, batch, length, dtype=None):
