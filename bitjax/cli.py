@@ -73,6 +73,12 @@ def _parser() -> argparse.ArgumentParser:
             help="number format of a packed file's embedding and head; screened is bfloat16 with a "
             f"4-bit screen of the head, exact and nearly as fast as int4 (default: {tables})",
         )
+        added.add_argument(
+            "--columns",
+            action="store_true",
+            help="store down projections by columns as well: decoding reads only those of non-zero "
+            "activations; the layers take a quarter more",
+        )
 
     def cache_argument(added: argparse.ArgumentParser, default: str | None) -> None:
         added.add_argument(
@@ -352,7 +358,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     _refuse_to_replace(arguments)
     model = load(arguments.model)
     if not arguments.as_float:
-        model = pack_model(model, _layout(arguments), arguments.tables)
+        model = pack_model(model, _layout(arguments), arguments.tables, arguments.columns)
     save_model(arguments.output, model)
     terminal.console.print(
         f"{arguments.output}: {terminal.size(arguments.output.stat().st_size)}", soft_wrap=True
@@ -377,7 +383,13 @@ def _dummy(arguments: argparse.Namespace) -> None:
     config = override(MODELS[arguments.preset], arguments.settings)
     with terminal.byte_progress(arguments.output.name) as on_bytes:
         write_dummy(
-            arguments.output, config, _layout(arguments), arguments.tables, arguments.seed, on_bytes
+            arguments.output,
+            config,
+            _layout(arguments),
+            arguments.tables,
+            arguments.seed,
+            on_bytes,
+            arguments.columns,
         )
     terminal.console.print(
         f"{arguments.output}: {terminal.size(arguments.output.stat().st_size)}", soft_wrap=True

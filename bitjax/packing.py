@@ -27,6 +27,7 @@ rows with no horizontal sum.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Literal
 
 import jax
@@ -243,10 +244,11 @@ def with_columns(packed: PackedWeights) -> PackedWeights:
     tiles, cols, _ = columns_shape(packed.layout, *packed.shape)
     codes = np.full((tiles * about.planes * COLUMN_BYTES, cols), about.offset, np.uint8)
     codes[: packed.rows] = np.asarray(unpack(packed)) + about.offset
-    digits = codes.reshape(tiles, about.planes, COLUMN_BYTES, cols)
-    powers = np.array([about.base**s for s in range(about.planes)], np.uint8)
-    columns = np.einsum("tsbk,s->tkb", digits, powers, dtype=np.uint8, casting="unsafe")
-    return dataclasses.replace(packed, columns=jnp.asarray(columns))
+    planes = codes.reshape(tiles, about.planes, COLUMN_BYTES, cols)
+    columns = np.zeros((tiles, COLUMN_BYTES, cols), np.uint8)
+    for s in range(about.planes):
+        columns += planes[:, s] * np.uint8(about.base**s)
+    return dataclasses.replace(packed, columns=jnp.asarray(columns.transpose(0, 2, 1)))
 
 
 def _pack_multipliers(rows: int, cols: int, multipliers: np.ndarray | None) -> np.ndarray:
@@ -326,6 +328,10 @@ def validate(name: str, packed: PackedWeights, codes: bool = True) -> None:
         arrays["multipliers"] = packed.multipliers, multiplier_shape(*packed.shape)
     elif packed.multipliers is not None:
         raise ValueError(f"{name}: {packed.layout} weights have no multipliers")
+    if packed.columns is not None:
+        if about.base > 4:
+            raise ValueError(f"{name}: {packed.layout} weights are not stored by columns")
+        arrays["columns"] = packed.columns, columns_shape(packed.layout, *packed.shape)
     for what, (array, wanted) in arrays.items():
         if array.shape != wanted or array.dtype != np.uint8:
             raise ValueError(
@@ -346,7 +352,8 @@ def validate(name: str, packed: PackedWeights, codes: bool = True) -> None:
         if multipliers.min() < 1 or multipliers.max() > MAX_MULTIPLIER:
             raise ValueError(f"{name}: multipliers must be from 1 to {MAX_MULTIPLIER}")
     if codes:
-        for block in np.asarray(packed.codes):  # a row block at a time stays in the cache
+        blocks = [packed.codes, *([] if packed.columns is None else [packed.columns])]
+        for block in itertools.chain(*map(np.asarray, blocks)):  # one at a time stays in the cache
             if _has_invalid_code(packed.layout, block):
                 raise ValueError(f"{name}: {_INVALID[packed.layout]}")
 

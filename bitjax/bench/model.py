@@ -177,11 +177,13 @@ def _random_prompts(generator: Generator, sequences: int, length: int) -> list[l
 def _limits(model: Transformer, cache_dtype: CacheDType, read: float, peak: float) -> Any:
     """The most tokens per second that each kind of work can reach on this machine."""
     config = model.config
-    layers = sum(layer.weight.get_value().nbytes for _, layer in bit_linears(model))
+    packed = [layer.weight.get_value() for _, layer in bit_linears(model)]
+    # Of columns, a token reads those of non-zero activations, in place of as many rows or more.
+    layers = sum(p.nbytes - (0 if p.columns is None else p.columns.nbytes) for p in packed)
     # Of a screened head, a token reads the screen and little of the table.
     head = next(p for p in (model.screen, model.head, model.embedding) if p is not None).get_value()
     head_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(head))
-    weights = sum(np.prod(layer.weight.get_value().shape) for _, layer in bit_linears(model))
+    weights = sum(np.prod(p.shape) for p in packed)
     cache = jax.eval_shape(lambda: model.empty_cache(1, KEY_BLOCK, cache_dtype))
     cache_slot = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) / KEY_BLOCK
     head_weights = config.vocab_size * config.hidden_size

@@ -11,10 +11,11 @@ import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from bitjax.config import ModelConfig
-from bitjax.infer.convert import TableFormat, make_screen
+from bitjax.infer.convert import COLUMNS_OF, TableFormat, make_screen, require_zeros
 from bitjax.model import abstract_model
 from bitjax.model.files import DTYPES, Tensor, parameters, stored_arrays, write_model_file
 from bitjax.packing import (
@@ -22,10 +23,13 @@ from bitjax.packing import (
     LAYOUTS,
     MAX_MULTIPLIER,
     LayoutName,
+    PackedWeights,
+    columns_shape,
     expanded_cols,
     multiplier_shape,
     pack,
     packed_shape,
+    with_columns,
 )
 
 PART_BYTES = 2**24  # of codes drawn at once
@@ -38,6 +42,7 @@ def write_dummy(
     tables: TableFormat = "int4",
     seed: int = 0,
     on_bytes: Callable[[int, int], None] | None = None,
+    columns: bool = False,
 ) -> None:
     """Write a packed model file of random weights.
 
@@ -52,6 +57,7 @@ def write_dummy(
         tables: number format of embedding and head.
         seed: of the random numbers.
         on_bytes: called with the bytes written so far and the bytes in all.
+        columns: as of `bitjax.infer.convert.pack_model`.
 
     Raises:
         ValueError: an unknown layout or number format, or the file cannot be written.
@@ -61,12 +67,16 @@ def write_dummy(
     known = typing.get_args(TableFormat)
     if tables not in known:
         raise ValueError(f"tables={tables!r} is not {', '.join(known[:-1])} or {known[-1]}")
+    if columns:
+        require_zeros(config)
     model = abstract_model(config)
     tensors: list[Tensor] = []
     for index, (name, parameter) in enumerate(parameters(model)):
         shape, key = parameter.get_value().shape, (seed, index)
         if name.endswith(".weight"):
             tensors += _packed(name, shape, layout, (1.5 / shape[1]) ** 0.5, key)
+            if columns and name.endswith(f"{COLUMNS_OF}.weight"):
+                tensors.append(_columns(name, shape, layout, key))
         elif name in ("embedding", "head") and tables in ("int8", "int4"):
             tensors += _packed(name, shape, tables, 0.02 / _spread(tables), key)
         elif name in ("embedding", "head"):
@@ -118,6 +128,17 @@ def _packed(
         multipliers = np.full(multiplier_shape(rows, cols), MAX_MULTIPLIER, np.uint8)
         tensors.append(Tensor.of(f"{name}.multipliers", multipliers))
     return tensors
+
+
+def _columns(name: str, shape: tuple[int, int], layout: LayoutName, key: tuple[int, int]) -> Tensor:
+    """The matrix of `_packed` with the same key, by columns; made, whole, when it is asked for."""
+
+    def made() -> Iterator[np.ndarray]:
+        codes = np.concatenate(list(_codes(*shape, layout, key)))
+        packed = PackedWeights(jnp.asarray(codes), jnp.float32(1), None, *shape, layout)
+        yield np.asarray(with_columns(packed).columns)
+
+    return Tensor(f"{name}.columns", DTYPES["U8"], columns_shape(layout, *shape), made)
 
 
 def _screen(shape: tuple[int, int], key: tuple[int, int]) -> list[Tensor]:

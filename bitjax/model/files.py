@@ -10,6 +10,7 @@ or packed, its layout (`bitjax.packing`, format version 2) being part of the nam
     <path>.<layout>         uint8 [row blocks, column blocks, 64]
     <path>.scale            float32 [] or [rows], multiplies
     <path>.multipliers      uint8 [row blocks, groups, 16], with int4
+    <path>.columns          uint8 [column tiles, cols, 64], ternary, optional
 
 Linear layers are packed as ternary2 or ternary1.6, embedding and head as int8 or int4. A bfloat16
 head (the embedding, if tied) may have a screen (`bitjax.packing.Screen`), which makes its largest
@@ -85,6 +86,8 @@ def stored_arrays(name: str, value: jax.Array | PackedWeights | Screen) -> dict[
         arrays = {f"{name}.{value.layout}": value.codes, f"{name}.scale": value.scale}
         if value.multipliers is not None:
             arrays[f"{name}.multipliers"] = value.multipliers
+        if value.columns is not None:
+            arrays[f"{name}.columns"] = value.columns
         return arrays
     return {name: value}
 
@@ -232,10 +235,11 @@ def _take(
             )
         codes, scale = tensors.pop(f"{name}.{layout}"), tensors.pop(f"{name}.scale", None)
         multipliers = tensors.pop(f"{name}.multipliers", None)
+        columns = tensors.pop(f"{name}.columns", None)
         if scale is None:
             raise ValueError(f"{where}.scale is missing")
         rows, cols = like.shape
-        packed = PackedWeights(codes, scale, multipliers, rows, cols, layout)  # type: ignore[arg-type]
+        packed = PackedWeights(codes, scale, multipliers, rows, cols, layout, columns)  # type: ignore[arg-type]
         validate(where, packed, check_codes)
         return jax.tree.map(_in_place, packed)
     if name not in tensors:
