@@ -33,54 +33,52 @@ inline void prefetch(const void* p, int count) {
     __builtin_prefetch(static_cast<const char*>(p) + kPrefetchBytes + i);
 }
 
-typedef int8_t Bytes32 __attribute__((vector_size(32)));
-typedef int16_t Shorts32 __attribute__((vector_size(64)));
-typedef int32_t Ints16 __attribute__((vector_size(64)));
+using Shorts32 = Vector<int16_t>;
 
 inline void load_vector(const float* p, Float16* v) { load_floats(p, v); }
-
-inline void load_vector(const uint16_t* p, Float16* v) {
-  typedef uint16_t Bits16 __attribute__((vector_size(32)));
-  typedef uint32_t Bits32 __attribute__((vector_size(64)));
-  Bits16 narrow;
-  __builtin_memcpy(&narrow, p, sizeof narrow);
-  const Bits32 wide = __builtin_convertvector(narrow, Bits32) << 16;
-  __builtin_memcpy(v, &wide, sizeof *v);
-}
+inline void load_vector(const uint16_t* p, Float16* v) { load_bf16(p, v); }
 
 inline void load_pairs(const int8_t* p, Shorts32* v) {
-  Bytes32 narrow;
-  __builtin_memcpy(&narrow, p, sizeof narrow);
-#ifdef __AVX512BW__
-  __m256i bytes;  // GCC 12 converts half by half
-  __builtin_memcpy(&bytes, &narrow, sizeof bytes);
-  const __m512i wide = _mm512_cvtepi8_epi16(bytes);
-  __builtin_memcpy(v, &wide, sizeof *v);
+#if defined(__AVX512BW__)
+  // The intrinsics, for GCC 12 converts half by half.
+  v->part[0] = reinterpret_cast<Shorts32::Register>(
+      _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+  for (int i = 0; i < kRegisters; ++i)
+    v->part[i] = reinterpret_cast<Shorts32::Register>(
+        _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + i)));
 #else
-  *v = __builtin_convertvector(narrow, Shorts32);
+  typedef int8_t Narrow __attribute__((vector_size(kRegisterBytes / 2)));
+  for (int i = 0; i < kRegisters; ++i) {
+    Narrow narrow;
+    __builtin_memcpy(&narrow, p + i * sizeof narrow, sizeof narrow);
+    v->part[i] = __builtin_convertvector(narrow, Shorts32::Register);
+  }
 #endif
 }
 
 // sum_l += x_2l * pair_0 + x_2l+1 * pair_1, a pair being two int16 in the bits of an int32.
 inline void add_pair_products(const Shorts32& x, const int32_t pair, Ints16* sum) {
+  for (int i = 0; i < kRegisters; ++i) {
 #if defined(__AVX512VNNI__)
-  // Not the intrinsic: GCC 12 copies its accumulator to another register and back.
-  asm("vpdpwssd %2, %1, %0" : "+v"(*sum) : "v"(x), "v"(Ints16{} + pair));
+    // Not the intrinsic: GCC 12 copies its accumulator to another register and back.
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum->part[i]) : "v"(x.part[i]), "v"(Ints{} + pair));
 #elif defined(__AVX2__)
-  __m256i half[2];
-  __m256i total[2];
-  __builtin_memcpy(half, &x, sizeof half);
-  __builtin_memcpy(total, sum, sizeof total);
-  for (int i = 0; i < 2; ++i)
-    total[i] = _mm256_add_epi32(total[i], _mm256_madd_epi16(half[i], _mm256_set1_epi32(pair)));
-  __builtin_memcpy(sum, total, sizeof total);
+    sum->part[i] += reinterpret_cast<Ints>(_mm256_madd_epi16(
+        reinterpret_cast<__m256i>(x.part[i]), _mm256_set1_epi32(pair)));
 #else
-  Ints16 both;
-  int16_t factor[2];
-  __builtin_memcpy(&both, &x, sizeof both);
-  __builtin_memcpy(factor, &pair, sizeof factor);
-  *sum += (both << 16 >> 16) * factor[0] + (both >> 16) * factor[1];  // little-endian
+    const Ints both = reinterpret_cast<Ints>(x.part[i]);
+    int16_t factor[2];
+    __builtin_memcpy(factor, &pair, sizeof factor);
+    sum->part[i] += (both << 16 >> 16) * factor[0] + (both >> 16) * factor[1];  // little-endian
 #endif
+  }
+}
+
+inline Float16 to_floats(const Ints16& x) {
+  Float16 result;
+  for (int i = 0; i < kRegisters; ++i) result.part[i] = __builtin_convertvector(x.part[i], Floats);
+  return result;
 }
 
 inline float largest(const Float16& v) {
@@ -165,8 +163,7 @@ class Rows<int8_t, M> {
       for (int d = 0; d < h; d += kFloats) {
         Float16 x;
         load_floats(q + i * h + d, &x);
-        x = x < 0 ? -x : x;
-        top = top > x ? top : x;
+        top = larger(top, larger(x, 0.0F - x));
         poison += x * 0.0F;
       }
       const float step = step_of(largest(top));
@@ -198,7 +195,7 @@ class Rows<int8_t, M> {
         load_vector(cache.key_scale + slot + c + v * kFloats, &scale);
         for (int i = 0; i < M; ++i)
           store_floats(score + i * kSplitSlots + c + v * kFloats,
-                       __builtin_convertvector(acc[i][v], Float16) * (scale * step_[i]));
+                       to_floats(acc[i][v]) * (scale * step_[i]));
       }
     }
   }
@@ -215,8 +212,8 @@ class Rows<int8_t, M> {
         Float16 w;
         load_floats(weight + i * kSplitSlots + v * kFloats, &w);
         load_vector(cache.value_scale + slot + v * kFloats, &scaled[v]);
-        scaled[v] = w > 0 ? w * scaled[v] : Float16{};  // a slot that is not seen may hold a NaN
-        top = top > scaled[v] ? top : scaled[v];
+        scaled[v] = select(w > 0.0F, w * scaled[v], 0.0F);  // a slot that is not seen may hold a NaN
+        top = larger(top, scaled[v]);
         poison += scaled[v] * 0.0F;
       }
       step[i] = step_of(largest(top));
@@ -240,12 +237,12 @@ class Rows<int8_t, M> {
 
   // Rounds to the nearest integer; |x| < 32768.
   static void store_shorts(const Float16& x, int16_t* codes) {
-    typedef int16_t Shorts16 __attribute__((vector_size(32)));
+    typedef int16_t Narrow __attribute__((vector_size(kRegisterBytes / 2)));
     const Float16 shifted = x + 12582912.0F;  // 1.5 * 2^23: the low bits are the integer
-    Ints16 bits;
-    __builtin_memcpy(&bits, &shifted, sizeof bits);
-    const Shorts16 low = __builtin_convertvector(bits, Shorts16);
-    __builtin_memcpy(codes, &low, sizeof low);
+    for (int i = 0; i < kRegisters; ++i) {
+      const Narrow low = __builtin_convertvector(reinterpret_cast<Ints>(shifted.part[i]), Narrow);
+      __builtin_memcpy(codes + i * kRegisterFloats, &low, sizeof low);
+    }
   }
 
   static int32_t pair_at(const int16_t* p) {
@@ -273,7 +270,7 @@ class Rows<int8_t, M> {
       for (int v = 0; v < V; ++v) {
         Float16 sum;
         load_floats(out + i * h_ + v * kFloats, &sum);
-        sum += __builtin_convertvector(acc[i][v], Float16) * step[i];
+        sum += to_floats(acc[i][v]) * step[i];
         store_floats(out + i * h_ + v * kFloats, sum);
       }
   }
@@ -286,8 +283,8 @@ class Rows<int8_t, M> {
 // Which of the lanes are among the first n.
 inline Ints16 first_lanes(int64_t n) {
   Ints16 lane;
-  for (int i = 0; i < kFloats; ++i) lane[i] = i;
-  return lane < static_cast<int32_t>(n < kFloats ? n : kFloats);
+  for (int i = 0; i < kFloats; ++i) lane.part[i / kRegisterFloats][i % kRegisterFloats] = i;
+  return Ints16(static_cast<int32_t>(n < kFloats ? n : kFloats)) > lane;
 }
 
 // Joins a step's scores, the first `visible` of them, to the row's maximum in each lane, and to a
@@ -296,8 +293,8 @@ inline void join_scores(const float* score, int64_t visible, Float16* top, Float
   for (int s = 0; s < kStepSlots && s < visible; s += kFloats) {
     Float16 x;
     load_floats(score + s, &x);
-    x = first_lanes(visible - s) ? x : *top;
-    *top = *top > x ? *top : x;
+    x = select(first_lanes(visible - s), x, *top);
+    *top = larger(*top, x);
     *poison += x * 0.0F;
   }
 }
@@ -308,9 +305,7 @@ inline void weigh(float* score, int64_t visible, float maximum, Float16* sum) {
     Float16 x = {};
     if (s < visible) {
       load_floats(score + s, &x);
-      x -= maximum;
-      exponential(&x);
-      x = first_lanes(visible - s) ? x : Float16{};
+      x = select(first_lanes(visible - s), exponential(x - maximum), 0.0F);
       *sum += x;
     }
     store_floats(score + s, x);
@@ -326,8 +321,8 @@ void attend_rows(const float* q, const int64_t* position, int h, const HeadCache
   Float16 top[M];
   Float16 sum[M];
   for (int i = 0; i < M; ++i) {
-    top[i] = Float16{} + kLowest;
-    sum[i] = Float16{};
+    top[i] = kLowest;
+    sum[i] = 0.0F;
   }
   for (int64_t slot = first; slot < last; slot += kStepSlots) {
     float* step = score + (slot - first);

@@ -34,15 +34,23 @@ inline float widen(uint16_t bf16) {
 }
 
 // y[n] from acc[n] - correction for n < n_count; w_scale holds n_count values or one; residual may
-// be null.
+// be null. Whatever is the same for all n is settled outside the loop, which compilers then vectorise.
 template <typename X>
 void scale_row(const int32_t* acc, int64_t n_count, int32_t correction, float x_scale,
-               const float* w_scale, bool scale_per_row, const X* residual, X* y) {
-  for (int64_t n = 0; n < n_count; ++n) {
-    const float scale = x_scale * w_scale[scale_per_row ? n : 0];
-    float value = static_cast<float>(acc[n] - correction) * scale;
-    if (residual != nullptr) value += widen(residual[n]);
-    store_output(value, y + n);
+               const float* w_scale, bool scale_per_row, const X* residual, X* __restrict__ y) {
+  const auto each = [&](auto scale_of) {
+    if (residual == nullptr) {
+      for (int64_t n = 0; n < n_count; ++n)
+        store_output(static_cast<float>(acc[n] - correction) * scale_of(n), y + n);
+    } else {
+      for (int64_t n = 0; n < n_count; ++n)
+        store_output(static_cast<float>(acc[n] - correction) * scale_of(n) + widen(residual[n]), y + n);
+    }
+  };
+  if (scale_per_row) {
+    each([=](int64_t n) { return x_scale * w_scale[n]; });
+  } else {
+    each([scale = x_scale * *w_scale](int64_t) { return scale; });
   }
 }
 

@@ -1,8 +1,8 @@
 // What happens to a row of activations before it is quantised: gates and norms, in float32.
 //
-// Plain C++ on vectors of 16 floats (a GCC and Clang extension), which each kernel file compiles for
-// its own instruction set, in its anonymous namespace. Every operation is one IEEE rounding in a
-// fixed order, so that all kernels give the same bits: sums run in 16 lanes, folded in halves.
+// Plain C++ on 16 floats at a time, which each kernel file compiles for its own instruction set, in its
+// anonymous namespace. Every operation is one IEEE rounding in a fixed order, so that all kernels give
+// the same bits: sums run in 16 lanes, folded in halves.
 #ifndef BITJAX_FFI_ROWS_H_
 #define BITJAX_FFI_ROWS_H_
 
@@ -14,21 +14,106 @@
 namespace bitjax {
 namespace {
 
-typedef float Float16 __attribute__((vector_size(64)));
-typedef int32_t Int16x32 __attribute__((vector_size(64)));
+// Vectors as wide as the registers (a GCC and Clang extension): GCC takes wider ones apart in memory.
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64;
+#elif defined(__AVX__)
+constexpr int kRegisterBytes = 32;
+#else
+constexpr int kRegisterBytes = 16;
+#endif
 constexpr int kFloats = 16;
+constexpr int kRegisters = 64 / kRegisterBytes;
+constexpr int kRegisterFloats = kFloats / kRegisters;
 
-inline void load_floats(const float* p, Float16* v) { __builtin_memcpy(v, p, sizeof *v); }
-inline void store_floats(float* p, const Float16& v) { __builtin_memcpy(p, &v, sizeof v); }
+// 64 bytes of T in such registers.
+template <typename T>
+struct Vector {
+  typedef T Register __attribute__((vector_size(kRegisterBytes)));
+  Register part[kRegisters];
 
-// The first n < 16 floats, then zeros.
-inline void load_first(const float* p, int64_t n, Float16* v) {
-  float padded[kFloats] = {};
-  for (int64_t i = 0; i < n; ++i) padded[i] = p[i];
-  load_floats(padded, v);
+  Vector() = default;
+  Vector(T x) {  // NOLINT: a number is one for each lane
+    for (Register& p : part) p = x - Register{};
+  }
+
+  template <typename Operation>
+  static Vector map(const Vector& a, const Vector& b, Operation operation) {
+    Vector result;
+    for (int i = 0; i < kRegisters; ++i) result.part[i] = operation(a.part[i], b.part[i]);
+    return result;
+  }
+  friend Vector operator+(const Vector& a, const Vector& b) {
+    return map(a, b, [](Register x, Register y) { return x + y; });
+  }
+  friend Vector operator-(const Vector& a, const Vector& b) {
+    return map(a, b, [](Register x, Register y) { return x - y; });
+  }
+  friend Vector operator*(const Vector& a, const Vector& b) {
+    return map(a, b, [](Register x, Register y) { return x * y; });
+  }
+  friend Vector operator/(const Vector& a, const Vector& b) {
+    return map(a, b, [](Register x, Register y) { return x / y; });
+  }
+  friend Vector& operator+=(Vector& a, const Vector& b) { return a = a + b; }
+  // all bits of a lane, or none
+  friend Vector<int32_t> operator>(const Vector& a, const Vector& b) {
+    Vector<int32_t> mask;
+    for (int i = 0; i < kRegisters; ++i) mask.part[i] = a.part[i] > b.part[i];
+    return mask;
+  }
+};
+using Float16 = Vector<float>;
+using Ints16 = Vector<int32_t>;
+using Floats = Float16::Register;
+using Ints = Ints16::Register;
+
+inline Float16 select(const Ints16& mask, const Float16& a, const Float16& b) {
+  Float16 result;
+  for (int i = 0; i < kRegisters; ++i)
+    result.part[i] = mask.part[i] ? a.part[i] : b.part[i];
+  return result;
 }
 
-inline void store_first(float* p, int64_t n, const Float16& v) {
+// The larger of each pair; b where one is NaN.
+inline Float16 larger(const Float16& a, const Float16& b) { return select(a > b, a, b); }
+
+// Register by register: GCC copies a whole Vector through memory.
+inline void load_floats(const float* p, Float16* v) {
+  for (int i = 0; i < kRegisters; ++i)
+    __builtin_memcpy(&v->part[i], p + i * kRegisterFloats, kRegisterBytes);
+}
+inline void store_floats(float* p, const Float16& v) {
+  for (int i = 0; i < kRegisters; ++i)
+    __builtin_memcpy(p + i * kRegisterFloats, &v.part[i], kRegisterBytes);
+}
+
+// Sixteen bfloat16, as their bits.
+inline void load_bf16(const uint16_t* p, Float16* v) {
+  typedef uint16_t Bits16 __attribute__((vector_size(kRegisterBytes / 2)));
+  typedef uint32_t Bits32 __attribute__((vector_size(kRegisterBytes)));
+  for (int i = 0; i < kRegisters; ++i) {
+    Bits16 narrow;
+    __builtin_memcpy(&narrow, p + i * kRegisterFloats, sizeof narrow);
+    v->part[i] = reinterpret_cast<Floats>(__builtin_convertvector(narrow, Bits32) << 16);
+  }
+}
+
+// The first n floats, 16 at most, then zeros.
+inline Float16 load_up_to(const float* p, int64_t n) {
+  Float16 v;
+  if (n >= kFloats) {
+    load_floats(p, &v);
+  } else {
+    float padded[kFloats] = {};
+    for (int64_t i = 0; i < n; ++i) padded[i] = p[i];
+    load_floats(padded, &v);
+  }
+  return v;
+}
+
+inline void store_up_to(float* p, int64_t n, const Float16& v) {
+  if (n >= kFloats) return store_floats(p, v);
   float padded[kFloats];
   store_floats(padded, v);
   for (int64_t i = 0; i < n; ++i) p[i] = padded[i];
@@ -56,16 +141,15 @@ inline float fold(const Float16& v) {
 // e^x to 2 units in the last place for x in [-87, 88]; below, the result stays at e^-87, above at
 // e^88. A NaN gives a number: callers that must propagate one do so themselves. x = n ln 2 + r with
 // |r| <= ln(2)/2, e^r by its Taylor polynomial of degree 7 (remainder below 2^-27).
-inline void exponential(Float16* x) {
+inline Float16 exponential(const Float16& x) {
   constexpr float kLow = -87.0F;
   constexpr float kHigh = 88.0F;
   constexpr float kLog2E = 1.44269504F;
   constexpr float kLn2High = 0.693359375F;      // 9 bits, so that n * kLn2High is exact
   constexpr float kLn2Low = -2.12194440e-4F;    // ln 2 - kLn2High
   constexpr float kShift = 12582912.0F;         // 1.5 * 2^23: adding it rounds to an integer
-  Float16 v = *x;
-  v = v > kLow ? v : kLow - Float16{};
-  v = v < kHigh ? v : kHigh - Float16{};
+  const Float16 above = larger(x, kLow);
+  const Float16 v = select(kHigh > above, above, kHigh);
   const Float16 shifted = v * kLog2E + kShift;
   const Float16 n = shifted - kShift;
   const Float16 r = (v - n * kLn2High) - n * kLn2Low;
@@ -76,78 +160,55 @@ inline void exponential(Float16* x) {
   p = p * r + 0.5F;
   p = p * r + 1.0F;
   p = p * r + 1.0F;
-  Int16x32 bits;
-  __builtin_memcpy(&bits, &shifted, sizeof bits);
-  Int16x32 power = (bits + 127) << 23;  // the low bits of `shifted` are n
-  Float16 scale;
-  __builtin_memcpy(&scale, &power, sizeof scale);
-  *x = p * scale;
+  return Float16::map(p, shifted, [](Floats y, Floats power) {
+    const Ints bits = reinterpret_cast<Ints>(power);  // the low ones are n
+    return y * reinterpret_cast<Floats>((bits + 127) << 23);
+  });
 }
 
-// y_k = relu(gate_k)^2 * up_k, gate = x[0..k), up = x[k..2k).
+// y_k = activation(gate_k) * up_k, gate = x[0..k), up = x[k..2k).
+template <typename Activation>
+void gate_row(const float* x, int64_t k, float* y, Activation activation) {
+  for (int64_t i = 0; i < k; i += kFloats)
+    store_up_to(y + i, k - i, activation(load_up_to(x + i, k - i)) * load_up_to(x + k + i, k - i));
+}
+
+// relu(gate)^2
 inline void relu2_gate(const float* x, int64_t k, float* y) {
-  for (int64_t i = 0; i < k; ++i) {
-    const float gate = x[i] < 0 ? 0 : x[i];  // keeps a NaN
-    y[i] = gate * gate * x[k + i];
-  }
+  gate_row(x, k, y, [](const Float16& gate) {
+    const Float16 relu = larger(0.0F, gate);  // keeps a NaN
+    return relu * relu;
+  });
 }
 
-// y_k = gate_k / (1 + e^-gate_k) * up_k
+// gate / (1 + e^-gate)
 inline void silu_gate(const float* x, int64_t k, float* y) {
-  for (int64_t i = 0; i < k; i += kFloats) {
-    const int64_t n = k - i;
-    Float16 gate;
-    Float16 up;
-    if (n >= kFloats) {
-      load_floats(x + i, &gate);
-      load_floats(x + k + i, &up);
-    } else {
-      load_first(x + i, n, &gate);
-      load_first(x + k + i, n, &up);
-    }
-    Float16 e = -gate;
-    exponential(&e);
-    const Float16 result = gate / (1.0F + e) * up;  // a NaN gate stays one
-    if (n >= kFloats) {
-      store_floats(y + i, result);
-    } else {
-      store_first(y + i, n, result);
-    }
-  }
+  gate_row(x, k, y, [](const Float16& gate) {
+    return gate / (1.0F + exponential(-1.0F * gate));  // a NaN gate stays one
+  });
 }
 
 // y_k = x_k / sqrt(mean(x^2) + eps) * scale_k; y may be x.
 inline void rms_norm(const float* x, int64_t k, const float* scale, float eps, float* y) {
-  Float16 squares = {};
-  int64_t i = 0;
-  for (; i + kFloats <= k; i += kFloats) {
-    Float16 v;
-    load_floats(x + i, &v);
-    squares += v * v;
-  }
-  if (i < k) {
-    Float16 v;
-    load_first(x + i, k - i, &v);
-    squares += v * v;
+  Float16 squares = 0.0F;
+  for (int64_t i = 0; i < k; i += kFloats) {
+    const Float16 v = load_up_to(x + i, k - i);
+    squares = squares + v * v;
   }
   const float inverse = 1.0F / __builtin_sqrtf(fold(squares) / static_cast<float>(k) + eps);
-  for (i = 0; i < k; ++i) y[i] = x[i] * inverse * scale[i];
+  for (int64_t i = 0; i < k; i += kFloats)
+    store_up_to(y + i, k - i, load_up_to(x + i, k - i) * inverse * load_up_to(scale + i, k - i));
 }
 
 // sum_i x_i w_i, bfloat16 w as its bits. Every product and sum is rounded, so the result depends on
 // the order: four vectors of sums, the last k % 64 values going to the first of them.
 inline float dot_bf16(const float* x, const uint16_t* w, int64_t k) {
   constexpr int kSums = 4;  // an addition's latency, in additions of one a cycle
-  typedef uint16_t Bits16 __attribute__((vector_size(32)));
-  typedef uint32_t Bits32 __attribute__((vector_size(64)));
   const auto add_product = [x, w](int64_t i, Float16* sum) {
     Float16 a;
     Float16 b;
-    Bits16 narrow;
     load_floats(x + i, &a);
-    __builtin_memcpy(&narrow, w + i, sizeof narrow);
-    const Bits32 wide = __builtin_convertvector(narrow, Bits32) << 16;
-    __builtin_memcpy(&b, &wide, sizeof b);
+    load_bf16(w + i, &b);
     *sum += a * b;
   };
   Float16 sum[kSums] = {};
