@@ -119,6 +119,14 @@ inline void store_up_to(float* p, int64_t n, const Float16& v) {
   for (int64_t i = 0; i < n; ++i) p[i] = padded[i];
 }
 
+// body(i, n) for n values from i on of k, 16 while there are as many: a constant, once inlined.
+template <typename Body>
+inline void each_16(int64_t k, Body body) {
+  int64_t i = 0;
+  for (; i + kFloats <= k; i += kFloats) body(i, int64_t{kFloats});
+  if (i < k) body(i, k - i);
+}
+
 typedef float Float8 __attribute__((vector_size(32)));
 typedef float Float4 __attribute__((vector_size(16)));
 
@@ -169,8 +177,9 @@ inline Float16 exponential(const Float16& x) {
 // y_k = activation(gate_k) * up_k, gate = x[0..k), up = x[k..2k).
 template <typename Activation>
 void gate_row(const float* x, int64_t k, float* y, Activation activation) {
-  for (int64_t i = 0; i < k; i += kFloats)
-    store_up_to(y + i, k - i, activation(load_up_to(x + i, k - i)) * load_up_to(x + k + i, k - i));
+  each_16(k, [=](int64_t i, int64_t n) {
+    store_up_to(y + i, n, activation(load_up_to(x + i, n)) * load_up_to(x + k + i, n));
+  });
 }
 
 // relu(gate)^2
@@ -191,13 +200,14 @@ inline void silu_gate(const float* x, int64_t k, float* y) {
 // y_k = x_k / sqrt(mean(x^2) + eps) * scale_k; y may be x.
 inline void rms_norm(const float* x, int64_t k, const float* scale, float eps, float* y) {
   Float16 squares = 0.0F;
-  for (int64_t i = 0; i < k; i += kFloats) {
-    const Float16 v = load_up_to(x + i, k - i);
-    squares = squares + v * v;
-  }
+  each_16(k, [&](int64_t i, int64_t n) {
+    const Float16 v = load_up_to(x + i, n);
+    squares += v * v;
+  });
   const float inverse = 1.0F / __builtin_sqrtf(fold(squares) / static_cast<float>(k) + eps);
-  for (int64_t i = 0; i < k; i += kFloats)
-    store_up_to(y + i, k - i, load_up_to(x + i, k - i) * inverse * load_up_to(scale + i, k - i));
+  each_16(k, [=](int64_t i, int64_t n) {
+    store_up_to(y + i, n, load_up_to(x + i, n) * inverse * load_up_to(scale + i, n));
+  });
 }
 
 // sum_i x_i w_i, bfloat16 w as its bits. Every product and sum is rounded, so the result depends on
