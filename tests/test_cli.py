@@ -276,6 +276,9 @@ def test_dummy_model_and_its_benchmark(tmp_path, capsys, monkeypatch):
         assert ratio["highest"] == pytest.approx(result["fastest"] / theirs)
     assert document["results"]["batch 3"]["against"] == {}
     assert document["file_bytes"] == path.stat().st_size
+    energy = document["energy"]
+    assert energy["source"] == ("measured" if energy["rounds"] else "modelled")
+    assert energy["joules_per_token"] > 0
     batched = tmp_path / "llama-batched-bench"
     batched.write_text(
         f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\n'
