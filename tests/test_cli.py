@@ -340,6 +340,24 @@ def test_errors_are_one_sentence(recipe, packed, tmp_path, capsys):
     assert not nowhere.exists()
 
 
+def test_bits_of_some_layers(trained, tmp_path, capsys):
+    path = tmp_path / "model.safetensors"
+    convert = ("convert", trained, "-o", path, "--bits", "1.6")
+    for text in ("*.down", "=2", "*.down=3", "*.down=", "*.down=2=1"):
+        fails(capsys, "is not PATTERN=2 or PATTERN=1.6", *convert, "--layer-bits", text)
+    fails(capsys, "no linear layer matches '*.up'", *convert, "--layer-bits=*.up=2")
+    assert not path.exists()
+    assert run(*convert, "--layer-bits", "*.ffn.*=2", "--layer-bits", "*.down=1.6") == 0
+    dummy = tmp_path / "dummy.safetensors"
+    tiny = ("--set=num_layers=1", "--set=hidden_size=32", "--set=vocab_size=300")
+    assert run("dummy", "b1.58-2b4t", "-o", dummy, *tiny, "--layer-bits", "*.gate_up=2") == 0
+    for file in (path, dummy):
+        names = set(safetensors.numpy.load_file(file))
+        assert "blocks.0.ffn.gate_up.weight.ternary2" in names
+        assert "blocks.0.ffn.down.weight.ternary1.6" in names
+        assert "blocks.0.attention.qkv.weight.ternary1.6" in names
+
+
 def test_unknown_command_and_flag_exit_with_2():
     convert = ["convert", "x", "-o", "y"]
     for arguments in (["dance"], [], ["eval"], ["train", "x", "--nope"],
