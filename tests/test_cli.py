@@ -285,10 +285,11 @@ def test_dummy_model_and_its_benchmark(tmp_path, capsys, monkeypatch):
         "echo '| PP | TG | B | S_TG t/s |' >&2\necho '| 8 | 3 | 3 | 5.00 |' >&2\n"
     )
     batched.chmod(0o755)
+    ffi.set_threads(7)
     assert run("bench", path, "--prompt", "--batch", 3, "--rounds", 1, "--threads", 1,
                "--against", f"{rival},-rtr,1,-x") == 0  # fmt: skip
     document = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    ffi.set_threads(None)
+    assert ffi.set_threads(None) == 7  # the benchmark's limit ends with it
     assert document["threads"] == 1
     assert document["rivals"]["other"] == {
         "decode": [8.0], "context 128": [], "batch 3": [5.0], "shared 3": [5.0]

@@ -72,8 +72,25 @@ def bench_model(
     Raises:
         ValueError: not a model file, a prompt beyond the context, or an engine that fails.
     """
-    ffi.set_threads(workers)
-    workers = workers or threads()
+    before = ffi.set_threads(workers)
+    try:
+        return _bench_model(
+            path, prompts, contexts, batches, rivals, rounds, cache_dtype, workers or threads()
+        )
+    finally:
+        ffi.set_threads(before)
+
+
+def _bench_model(
+    path: Path,
+    prompts: Sequence[int],
+    contexts: Sequence[int] | None,
+    batches: Sequence[int],
+    rivals: Sequence[Rival],
+    rounds: int,
+    cache_dtype: CacheDType,
+    workers: int,
+) -> dict[str, Any]:
     started = time.perf_counter()
     model = load_model(path, check=False)
     generator = Generator(model, cache_dtype)
