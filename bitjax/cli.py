@@ -15,6 +15,7 @@ from bitjax import __version__
 if TYPE_CHECKING:
     from bitjax.packing import LayoutName
 
+_LAYOUTS: dict[str, LayoutName] = {"2": "ternary2", "1.6": "ternary1.6"}  # of --bits
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
@@ -61,10 +62,18 @@ def _parser() -> argparse.ArgumentParser:
     def packing_arguments(added: argparse.ArgumentParser, bits: str, tables: str) -> None:
         added.add_argument(
             "--bits",
-            choices=("2", "1.6"),
+            choices=tuple(_LAYOUTS),
             default=bits,
             help="bits of a packed ternary weight; 1.6 is smaller, and faster from memory "
             f"(default: {bits})",
+        )
+        added.add_argument(
+            "--layer-bits",
+            action="append",
+            default=[],
+            metavar="PATTERN=BITS",
+            help="bits of the layers whose names match, e.g. '*.ffn.down=2'; repeatable, and the "
+            "last that matches decides",
         )
         added.add_argument(
             "--tables",
@@ -358,7 +367,10 @@ def _convert(arguments: argparse.Namespace) -> None:
     _refuse_to_replace(arguments)
     model = load(arguments.model)
     if not arguments.as_float:
-        model = pack_model(model, _layout(arguments), arguments.tables, arguments.columns)
+        model = pack_model(
+            model, _layout(arguments), arguments.tables, arguments.columns,
+            _layer_layouts(arguments),
+        )  # fmt: skip
     save_model(arguments.output, model)
     terminal.console.print(
         f"{arguments.output}: {terminal.size(arguments.output.stat().st_size)}", soft_wrap=True
@@ -383,14 +395,9 @@ def _dummy(arguments: argparse.Namespace) -> None:
     config = override(MODELS[arguments.preset], arguments.settings)
     with terminal.byte_progress(arguments.output.name) as on_bytes:
         write_dummy(
-            arguments.output,
-            config,
-            _layout(arguments),
-            arguments.tables,
-            arguments.seed,
-            on_bytes,
-            arguments.columns,
-        )
+            arguments.output, config, _layout(arguments), arguments.tables, arguments.seed,
+            on_bytes, arguments.columns, _layer_layouts(arguments),
+        )  # fmt: skip
     terminal.console.print(
         f"{arguments.output}: {terminal.size(arguments.output.stat().st_size)}", soft_wrap=True
     )
@@ -421,7 +428,17 @@ def _refuse_to_replace(arguments: argparse.Namespace) -> None:
 
 
 def _layout(arguments: argparse.Namespace) -> LayoutName:
-    return "ternary2" if arguments.bits == "2" else "ternary1.6"
+    return _LAYOUTS[arguments.bits]
+
+
+def _layer_layouts(arguments: argparse.Namespace) -> list[tuple[str, LayoutName]]:
+    layouts = []
+    for text in arguments.layer_bits:
+        pattern, _, bits = text.rpartition("=")
+        if not pattern or bits not in _LAYOUTS:
+            raise ValueError(f"--layer-bits {text!r} is not PATTERN=2 or PATTERN=1.6")
+        layouts.append((pattern, _LAYOUTS[bits]))
+    return layouts
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <limits>
+#include <optional>
 
 #include "attention.h"
 #include "dispatch.h"
@@ -66,11 +67,14 @@ NB_MODULE(_ffi, m) {
       nb::arg("bytes"), nb::call_guard<nb::gil_scoped_release>(), "Reads every byte, folding them.");
   m.def(
       "set_threads",
-      [](const std::optional<int64_t>& threads) {
+      [](const std::optional<int64_t>& threads) -> std::optional<int64_t> {
         if (threads && *threads < 1) throw nb::value_error("set_threads: wanted 1 or more, or None");
-        bitjax::thread_limit = threads.value_or(std::numeric_limits<int64_t>::max());
+        constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
+        const int64_t before = bitjax::thread_limit.exchange(threads.value_or(kNone));
+        return before == kNone ? std::nullopt : std::optional<int64_t>(before);
       },
-      nb::arg("threads").none(), "Limits the threads of each custom call; None lifts the limit.");
+      nb::arg("threads").none(),
+      "Limits the threads of each custom call; None lifts the limit. Returns the one before.");
   m.def(
       "kernel_calls", [] { return counts(bitjax::kernel_calls()); },
       "Products run so far by each compiled kernel.");

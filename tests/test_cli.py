@@ -276,16 +276,20 @@ def test_dummy_model_and_its_benchmark(tmp_path, capsys, monkeypatch):
         assert ratio["highest"] == pytest.approx(result["fastest"] / theirs)
     assert document["results"]["batch 3"]["against"] == {}
     assert document["file_bytes"] == path.stat().st_size
+    energy = document["energy"]
+    assert energy["source"] == ("measured" if energy["rounds"] else "modelled")
+    assert energy["joules_per_token"] > 0
     batched = tmp_path / "llama-batched-bench"
     batched.write_text(
         f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\n'
         "echo '| PP | TG | B | S_TG t/s |' >&2\necho '| 8 | 3 | 3 | 5.00 |' >&2\n"
     )
     batched.chmod(0o755)
+    ffi.set_threads(7)
     assert run("bench", path, "--prompt", "--batch", 3, "--rounds", 1, "--threads", 1,
                "--against", f"{rival},-rtr,1,-x") == 0  # fmt: skip
     document = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    ffi.set_threads(None)
+    assert ffi.set_threads(None) == 7  # the benchmark's limit ends with it
     assert document["threads"] == 1
     assert document["rivals"]["other"] == {
         "decode": [8.0], "context 128": [], "batch 3": [5.0], "shared 3": [5.0]
@@ -335,6 +339,24 @@ def test_errors_are_one_sentence(recipe, packed, tmp_path, capsys):
     damaged.write_bytes(packed.read_bytes()[:-7])
     fails(capsys, "is not a safetensors file", "generate", damaged)
     assert not nowhere.exists()
+
+
+def test_bits_of_some_layers(trained, tmp_path, capsys):
+    path = tmp_path / "model.safetensors"
+    convert = ("convert", trained, "-o", path, "--bits", "1.6")
+    for text in ("*.down", "=2", "*.down=3", "*.down=", "*.down=2=1"):
+        fails(capsys, "is not PATTERN=2 or PATTERN=1.6", *convert, "--layer-bits", text)
+    fails(capsys, "no linear layer matches '*.up'", *convert, "--layer-bits=*.up=2")
+    assert not path.exists()
+    assert run(*convert, "--layer-bits", "*.ffn.*=2", "--layer-bits", "*.down=1.6") == 0
+    dummy = tmp_path / "dummy.safetensors"
+    tiny = ("--set=num_layers=1", "--set=hidden_size=32", "--set=vocab_size=300")
+    assert run("dummy", "b1.58-2b4t", "-o", dummy, *tiny, "--layer-bits", "*.gate_up=2") == 0
+    for file in (path, dummy):
+        names = set(safetensors.numpy.load_file(file))
+        assert "blocks.0.ffn.gate_up.weight.ternary2" in names
+        assert "blocks.0.ffn.down.weight.ternary1.6" in names
+        assert "blocks.0.attention.qkv.weight.ternary1.6" in names
 
 
 def test_unknown_command_and_flag_exit_with_2():

@@ -12,6 +12,8 @@ The floor of a decoded token is the bytes that it must read (packed layers, norm
 over the memory's read bandwidth; of a prompt, its integer operations over the dot product's peak.
 Both limits are measured in the same run. Rounds of everything are interleaved, so that a noisy
 machine's moods meet all engines alike; ratios are taken round by round.
+
+Energy, `bitjax.bench.energy`, is that of the decode.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import json
 import resource
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ import numpy as np
 
 from bitjax import terminal
 from bitjax.bench.ceilings import dot_peak, read_bandwidth, threads
+from bitjax.bench.energy import PackageMeter, modelled_joules
 from bitjax.bench.machine import machine
 from bitjax.bench.rivals import Rival
 from bitjax.config import CacheDType
@@ -69,8 +72,25 @@ def bench_model(
     Raises:
         ValueError: not a model file, a prompt beyond the context, or an engine that fails.
     """
-    ffi.set_threads(workers)
-    workers = workers or threads()
+    before = ffi.set_threads(workers)
+    try:
+        return _bench_model(
+            path, prompts, contexts, batches, rivals, rounds, cache_dtype, workers or threads()
+        )
+    finally:
+        ffi.set_threads(before)
+
+
+def _bench_model(
+    path: Path,
+    prompts: Sequence[int],
+    contexts: Sequence[int] | None,
+    batches: Sequence[int],
+    rivals: Sequence[Rival],
+    rounds: int,
+    cache_dtype: CacheDType,
+    workers: int,
+) -> dict[str, Any]:
     started = time.perf_counter()
     model = load_model(path, check=False)
     generator = Generator(model, cache_dtype)
@@ -96,7 +116,8 @@ def bench_model(
     theirs: dict[str, dict[str, list[float]]] = {
         r.name: {name: [] for name in works} for r in rivals
     }
-    read, peak = [], []
+    read, peak, joules = [], [], []
+    meter = PackageMeter()
     for _ in range(rounds):
         read.append(read_bandwidth(workers))
         peak.append(dot_peak(workers))
@@ -106,6 +127,8 @@ def bench_model(
                 rate = rival.measure(name, workers, BATCH_PROMPT, BATCH_DECODED)
                 if rate is not None:
                     theirs[rival.name][name].append(rate)
+        if meter.readable:
+            joules.append(_decode_joules(generator, meter))
     limits = _limits(model, cache_dtype, statistics.median(read), statistics.median(peak))
     results = {
         name: {
@@ -120,7 +143,10 @@ def bench_model(
         }
         for name, values in rates.items()
     }
-    _print_table(path, results, theirs, statistics.median(read), statistics.median(peak), workers)
+    energy = _energy(model, joules)
+    _print_table(
+        path, results, energy, theirs, statistics.median(read), statistics.median(peak), workers
+    )
     document = {
         **machine(),
         "threads": workers,
@@ -133,6 +159,7 @@ def bench_model(
         "read_gb_per_s": [value / 1e9 for value in read],
         "peak_gop_per_s": [value / 1e9 for value in peak],
         "results": results,
+        "energy": energy,
         "rivals": theirs,
     }
     print(json.dumps(document))
@@ -143,6 +170,26 @@ def _decode(
     generator: Generator, sequences: int, prompt: int, count: int, shared: bool = False
 ) -> float:
     """Tokens per second of all sequences together; the first tokens are not timed."""
+    tokens = _begun(generator, sequences, prompt, count, shared)
+    started = time.perf_counter()
+    for _ in range(count):
+        next(tokens)
+    return sequences * count / (time.perf_counter() - started)
+
+
+def _decode_joules(generator: Generator, meter: PackageMeter) -> float:
+    """Joules per token of the work that `decode` times."""
+    tokens = _begun(generator, 1, SHORT_PROMPT, DECODED, shared=False)
+    meter.joules()
+    for _ in range(DECODED):
+        next(tokens)
+    return meter.joules() / DECODED
+
+
+def _begun(
+    generator: Generator, sequences: int, prompt: int, count: int, shared: bool
+) -> Iterator[np.ndarray]:
+    """Steps of a generation that has taken the first two: the prompt's, and a decode step's."""
     prompts = _random_prompts(generator, 1 if shared else sequences, prompt)
     if shared:
         prompts *= sequences
@@ -150,10 +197,7 @@ def _decode(
     tokens = generator.tokens(prompts, params)
     next(tokens)
     next(tokens)
-    started = time.perf_counter()
-    for _ in range(count):
-        next(tokens)
-    return sequences * count / (time.perf_counter() - started)
+    return tokens
 
 
 def _prompt(generator: Generator, length: int) -> float:
@@ -205,6 +249,19 @@ def _limits(model: Transformer, cache_dtype: CacheDType, read: float, peak: floa
     return limit
 
 
+def _energy(model: Transformer, measured: list[float]) -> dict[str, Any]:
+    """What a decoded token costs, measured or modelled; and the arithmetic of it in float16."""
+    context = SHORT_PROMPT + DECODED // 2
+    parts = modelled_joules(model, context)
+    return {
+        "source": "measured" if measured else "modelled",
+        "joules_per_token": statistics.median(measured or [sum(parts.values())]),
+        "rounds": measured,
+        "modelled": parts,
+        "modelled_float16": modelled_joules(model, context, quantized=False),
+    }
+
+
 def _ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
@@ -213,6 +270,7 @@ def _ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
 def _print_table(
     path: Path,
     results: dict[str, Any],
+    energy: dict[str, Any],
     theirs: dict[str, Any],
     read: float,
     peak: float,
@@ -228,6 +286,11 @@ def _print_table(
             rate = statistics.median(theirs[rival][name])
             spread = "{median:.2f}x ({lowest:.2f}-{highest:.2f})".format(**ratio)
             rows.append(("", rival, f"{rate:.1f}", f"bitjax is {spread}"))
+    float16 = sum(energy["modelled_float16"].values()) / sum(energy["modelled"].values())
+    rows.append((
+        "energy", energy["source"], f"{energy['joules_per_token']:.3g} J a token",
+        f"arithmetic: float16 takes {float16:.1f}x",
+    ))  # fmt: skip
     terminal.table(
         ("work", "engine", "tokens/s", "limit, or ratio"),
         rows,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from typing import Literal
 
 import jax
@@ -30,6 +31,7 @@ from bitjax.quant import (
     require_finite,
 )
 
+LayerLayouts = Sequence[tuple[str, LayoutName]]  # pattern of layer names -> layout
 TableFormat = Literal["float32", "bfloat16", "int8", "int4", "screened"]
 COLUMNS_OF = "ffn.down"  # the layer whose activations are mostly zero, behind ReLU^2
 SCREEN_ROWS = 4096  # of a table, screened at once: 100 MB of temporary values at 2,560 columns
@@ -40,6 +42,7 @@ def pack_model(
     layout: LayoutName = "ternary2",
     tables: TableFormat = "float32",
     columns: bool = False,
+    layer_layouts: LayerLayouts = (),
 ) -> Transformer:
     """A copy of a trained model whose linear layers hold packed weights.
 
@@ -52,10 +55,11 @@ def pack_model(
             with a `Screen` for the head.
         columns: whether down projections are stored by columns as well: a quarter more bytes of
             layers, of which a decoded token reads fewer.
+        layer_layouts: of some linear layers, see `layouts_by_layer`.
 
     Raises:
-        ValueError: columns without ReLU^2, a full-precision model, one already packed, or
-            weights that are not finite.
+        ValueError: columns without ReLU^2, a full-precision model, one already packed, weights
+            that are not finite, or as `layouts_by_layer`.
     """
     kind = model.config.weights
     if kind not in WEIGHT_QUANTIZERS:
@@ -64,6 +68,7 @@ def pack_model(
         )
     if columns:
         require_zeros(model.config)
+    layouts = layouts_by_layer(model, layout, layer_layouts)
     packed: Transformer = nnx.clone(model)
     for name, layer in bit_linears(packed):
         weight = layer.weight.get_value()
@@ -73,7 +78,7 @@ def pack_model(
         codes, scale = WEIGHT_QUANTIZERS[kind](weight, layer.segments)
         scales = np.asarray(scale).reshape(-1)
         packed_scale = scales if layer.segments else scales[0]
-        rows = pack(np.asarray(codes), packed_scale, layout)
+        rows = pack(np.asarray(codes), packed_scale, layouts[name])
         by_columns = columns and name.endswith(COLUMNS_OF)
         layer.weight.set_value(with_columns(rows) if by_columns else rows)
     for name, table in (("embedding", packed.embedding), ("head", packed.head)):
@@ -97,6 +102,33 @@ def require_zeros(config: ModelConfig) -> None:
             f"columns skip activations that are zero, of which {config.activation} leaves few; "
             "they are for models with activation=relu2"
         )
+
+
+def layouts_by_layer(
+    model: Transformer, layout: LayoutName, layer_layouts: LayerLayouts = ()
+) -> dict[str, LayoutName]:
+    """The layout of every linear layer, by its dotted name.
+
+    Args:
+        model: with arrays or only their shapes.
+        layout: of the layers that no pattern matches.
+        layer_layouts: shell patterns of names, e.g. "*.ffn.down"; the last that matches decides.
+
+    Raises:
+        ValueError: not a ternary layout, or a pattern that matches no layer.
+    """
+    layouts = {name: layout for name, _ in bit_linears(model)}
+    for wanted in (layout, *(wanted for _, wanted in layer_layouts)):
+        if wanted not in ("ternary2", "ternary1.6"):
+            raise ValueError(f"layout={wanted!r} is not ternary2 or ternary1.6")
+    for pattern, wanted in layer_layouts:
+        matched = [name for name in layouts if fnmatchcase(name, pattern)]
+        if not matched:
+            raise ValueError(
+                f"no linear layer matches {pattern!r}; they are {', '.join(list(layouts)[:4])}, ..."
+            )
+        layouts |= dict.fromkeys(matched, wanted)
+    return layouts
 
 
 def pack_table(name: str, table_VxD: jax.Array, form: TableFormat) -> jax.Array | PackedWeights:

@@ -15,7 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitjax.config import ModelConfig
-from bitjax.infer.convert import COLUMNS_OF, TableFormat, make_screen, require_zeros
+from bitjax.infer.convert import (
+    COLUMNS_OF,
+    LayerLayouts,
+    TableFormat,
+    layouts_by_layer,
+    make_screen,
+    require_zeros,
+)
 from bitjax.model import abstract_model
 from bitjax.model.files import DTYPES, Tensor, parameters, stored_arrays, write_model_file
 from bitjax.packing import (
@@ -43,6 +50,7 @@ def write_dummy(
     seed: int = 0,
     on_bytes: Callable[[int, int], None] | None = None,
     columns: bool = False,
+    layer_layouts: LayerLayouts = (),
 ) -> None:
     """Write a packed model file of random weights.
 
@@ -58,25 +66,27 @@ def write_dummy(
         seed: of the random numbers.
         on_bytes: called with the bytes written so far and the bytes in all.
         columns: as of `bitjax.infer.convert.pack_model`.
+        layer_layouts: of some linear layers, see `layouts_by_layer`.
 
     Raises:
-        ValueError: an unknown layout or number format, or the file cannot be written.
+        ValueError: an unknown layout or number format, a pattern that matches no layer, or the file
+            cannot be written.
     """
-    if layout not in ("ternary2", "ternary1.6"):
-        raise ValueError(f"layout={layout!r} is not ternary2 or ternary1.6")
     known = typing.get_args(TableFormat)
     if tables not in known:
         raise ValueError(f"tables={tables!r} is not {', '.join(known[:-1])} or {known[-1]}")
     if columns:
         require_zeros(config)
     model = abstract_model(config)
+    layouts = layouts_by_layer(model, layout, layer_layouts)
     tensors: list[Tensor] = []
     for index, (name, parameter) in enumerate(parameters(model)):
         shape, key = parameter.get_value().shape, (seed, index)
         if name.endswith(".weight"):
-            tensors += _packed(name, shape, layout, (1.5 / shape[1]) ** 0.5, key)
+            layer = layouts[name.removesuffix(".weight")]
+            tensors += _packed(name, shape, layer, (1.5 / shape[1]) ** 0.5, key)
             if columns and name.endswith(f"{COLUMNS_OF}.weight"):
-                tensors.append(_columns(name, shape, layout, key))
+                tensors.append(_columns(name, shape, layer, key))
         elif name in ("embedding", "head") and tables in ("int8", "int4"):
             tensors += _packed(name, shape, tables, 0.02 / _spread(tables), key)
         elif name in ("embedding", "head"):

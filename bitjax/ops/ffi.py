@@ -89,13 +89,10 @@ def kernel_calls() -> dict[str, int]:
     return dict(_load().kernel_calls())
 
 
-def set_threads(threads: int | None) -> None:
-    """Limits the threads that each custom call of this process uses, the caller's included.
-
-    None lifts the limit, so that only XLA's pool limits them; it has a thread for each CPU that the
-    process may run on. Raises ValueError for less than 1.
-    """
-    _load().set_threads(threads)
+def set_threads(threads: int | None) -> int | None:
+    """`bitjax.set_threads`; returns the limit until now."""
+    before: int | None = _load().set_threads(threads)
+    return before
 
 
 def attention_calls() -> dict[str, int]:

@@ -8,10 +8,11 @@ import numpy as np
 import packing_oracle
 import pytest
 from flax import nnx
-from tiny import tiny_model
+from tiny import changed, tiny_model
 
-from bitjax.infer import pack_model
+from bitjax.infer import Generator, SamplingParams, pack_model
 from bitjax.model import bit_linears
+from bitjax.model.files import load_model, save_model
 from bitjax.packing import PackedWeights
 
 KINDS = ["ternary", "binary"]
@@ -129,6 +130,53 @@ def test_random_weights(kind):
             sure = distance > 1e-3
             assert sure.mean() > 0.98
             np.testing.assert_array_equal(codes[rows][sure], QUANTIZERS[kind](w)[sure])
+
+
+def layouts(model):
+    return {name: weight.layout for name, weight in weights(model).items()}
+
+
+def test_layers_by_patterns():
+    model = tiny_model()
+    mix = [("*.ffn.down", "ternary2"), ("blocks.1.*", "ternary1.6"), ("*.qkv", "ternary2")]
+    assert layouts(pack_model(model, "ternary1.6", layer_layouts=mix)) == {
+        "blocks.0.attention.qkv": "ternary2", "blocks.0.attention.o": "ternary1.6",
+        "blocks.0.ffn.gate_up": "ternary1.6", "blocks.0.ffn.down": "ternary2",
+        "blocks.1.attention.qkv": "ternary2", "blocks.1.attention.o": "ternary1.6",
+        "blocks.1.ffn.gate_up": "ternary1.6", "blocks.1.ffn.down": "ternary1.6",
+    }  # fmt: skip
+
+
+def test_a_mix_gives_the_logits_of_one_layout_to_the_bit(tmp_path):
+    model = tiny_model()
+    mix = [("*.ffn.*", "ternary1.6"), ("blocks.1.*.gate_up", "ternary2"), ("*.0.*.o", "ternary1.6")]
+    tokens = jnp.arange(20, dtype=jnp.int32).reshape(2, 10)
+    mixed = pack_model(model, "ternary2", "int8", layer_layouts=mix)
+    path = tmp_path / "mixed.safetensors"
+    save_model(path, mixed)
+    read = load_model(path)
+    assert layouts(read) == layouts(mixed)
+    assert set(layouts(mixed).values()) == set(TERNARY_LAYOUTS)
+    assert layouts(mixed)["blocks.0.ffn.down"] != layouts(mixed)["blocks.0.attention.qkv"]
+    for layout in TERNARY_LAYOUTS:
+        # Operation by operation: a compiled program may add in another order.
+        wanted = np.asarray(changed(pack_model(model, layout, "int8"), fuse=False)(tokens))
+        for got in (mixed, read):
+            np.testing.assert_array_equal(changed(got, fuse=False)(tokens), wanted)
+    params = SamplingParams(max_new_tokens=6)
+    texts = [Generator(m).generate(["ab"], params)[0].text for m in (mixed, read)]
+    assert texts[0] == texts[1]
+
+
+def test_bad_patterns_and_layouts():
+    model = tiny_model(num_layers=1)
+    with pytest.raises(
+        ValueError, match=r"^no linear layer matches '\*\.up'; they are blocks\.0\.attention\.qkv, "
+    ):
+        pack_model(model, layer_layouts=[("*.down", "ternary2"), ("*.up", "ternary2")])
+    for chosen in ({"layout": "int8"}, {"layer_layouts": [("*", "int8")]}):
+        with pytest.raises(ValueError, match=r"^layout='int8' is not ternary2 or ternary1\.6$"):
+            pack_model(model, **chosen)
 
 
 def test_all_zero_weights():

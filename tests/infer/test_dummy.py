@@ -14,6 +14,7 @@ from tiny import tiny_config
 from bitjax.infer import dummy
 from bitjax.infer.convert import make_screen
 from bitjax.infer.dummy import write_dummy
+from bitjax.model import bit_linears
 from bitjax.model.files import load_model
 from bitjax.packing import PackedWeights
 
@@ -104,6 +105,17 @@ def test_loads_with_full_validation(tmp_path, layout, tables, tied):
         assert (table.dtype, table.shape) == (jnp.dtype(tables), (53, 45))
     assert (model.head is None) == tied
     np.testing.assert_array_equal(model.norm.scale.get_value(), np.ones(45))
+
+
+def test_layers_of_another_layout(tmp_path):
+    path = tmp_path / "model.safetensors"
+    write_dummy(path, ODD, "ternary1.6", layer_layouts=[("*.ffn.down", "ternary2")])
+    got = {name: w.weight.get_value().layout for name, w in bit_linears(load_model(path))}
+    assert set(got.values()) == {"ternary1.6", "ternary2"}
+    assert all((layout == "ternary2") == name.endswith("ffn.down") for name, layout in got.items())
+    with pytest.raises(ValueError, match=r"^no linear layer matches 'down'"):
+        write_dummy(tmp_path / "none", ODD, layer_layouts=[("down", "ternary2")])
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("config", [ODD, WIDE, LARGE], ids=["odd", "wide", "large"])
