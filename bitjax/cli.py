@@ -6,9 +6,10 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bitjax import __version__
 
@@ -26,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from bitjax.train import Diverged, Interrupted
 
     try:
-        arguments.run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            arguments.run(arguments)
     except Interrupted as stop:
         print(f"\n{stop}; run the same command again to go on", file=sys.stderr)
         return INTERRUPTED
@@ -40,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bitjax: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"bitjax: warning: {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -338,7 +345,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from bitjax.api import load
     from bitjax.demo import stream_text
-    from bitjax.infer import Generator, SamplingParams, memory
+    from bitjax.infer import Generator, SamplingParams
 
     params = SamplingParams(
         max_new_tokens=arguments.max_new_tokens,
@@ -350,10 +357,6 @@ def _generate(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         stop=tuple(arguments.stop),
     )
-    if arguments.model.is_file():
-        about = memory.mapping_warning(arguments.model.stat().st_size, memory.available_memory())
-        if about:
-            print(f"bitjax: warning: {about}", file=sys.stderr)
     generator = Generator(load(arguments.model, arguments.impl), arguments.cache)
     stream_text(generator, arguments.prompt, params)
 

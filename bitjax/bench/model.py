@@ -30,6 +30,7 @@ import jax
 import numpy as np
 
 from bitjax import terminal
+from bitjax.api import load
 from bitjax.bench.ceilings import dot_peak, read_bandwidth, threads
 from bitjax.bench.energy import PackageMeter, modelled_joules
 from bitjax.bench.machine import machine
@@ -37,7 +38,6 @@ from bitjax.bench.rivals import Rival
 from bitjax.config import CacheDType
 from bitjax.infer import Generator, SamplingParams
 from bitjax.model import Transformer, bit_linears
-from bitjax.model.files import load_model
 from bitjax.ops import ffi
 from bitjax.ops.reference import KEY_BLOCK
 
@@ -72,6 +72,8 @@ def bench_model(
     Raises:
         ValueError: not a model file, a prompt beyond the context, or an engine that fails.
     """
+    if not path.is_file():
+        raise ValueError(f"{path} is not a model file")
     before = ffi.set_threads(workers)
     try:
         return _bench_model(
@@ -92,7 +94,7 @@ def _bench_model(
     workers: int,
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    model = load_model(path, check=False)
+    model = load(path, check=False)
     generator = Generator(model, cache_dtype)
     loaded = time.perf_counter() - started
     _decode(generator, 1, SHORT_PROMPT, 2)

@@ -200,7 +200,7 @@ class Generator:
             yield np.asarray(drawn_B)
 
     def _memory(self, sequences: int, prompts: int, slots: int, bucket: int) -> int:
-        """Bytes of the caches, and about those of a prefill's activations."""
+        """Bytes of caches and seen tokens, and about those of a prefill's activations."""
         config = self.config
         filled = sum(math.prod(x.shape) * x.dtype.itemsize
                      for x in jax.tree.leaves(self._empty.shapes(prompts, slots)))  # fmt: skip
@@ -208,7 +208,8 @@ class Generator:
         # A token's widest moment: gate and up, and the residual stream beside them; float32.
         activations = 4 * together * (2 * config.intermediate_size + 2 * config.hidden_size)
         copies = sequences / prompts if sequences > prompts else 0  # of the cache, see _spread
-        return int(filled * (1 + copies)) + activations
+        seen = sequences * config.vocab_size
+        return int(filled * (1 + copies)) + seen + activations
 
     def _start(
         self,

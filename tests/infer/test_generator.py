@@ -455,3 +455,17 @@ def test_next_logits_are_the_whole_products_without_a_screen():
     next_logits = np.asarray(screened.next_logits(hidden, ranks))
     for got, wanted, k in zip(next_logits, whole, (1, 9), strict=True):
         np.testing.assert_allclose(np.sort(got)[-k:], np.sort(wanted)[-k:], rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("tables", ["float32", "int8", "screened"])
+def test_activations_that_are_not_finite_give_tokens_of_the_vocabulary(tables, value):
+    model = pack_model(tiny_model(), tables=tables)
+    scale = model.blocks[0].ffn_norm.scale
+    scale.set_value(scale[...].at[3].set(value))
+    params = [SamplingParams(max_new_tokens=4, temperature=t, top_k=k, top_p=p)
+              for t, k, p in ((0, 0, 1), (1, 0, 1), (1, 5, 1), (1, 0, 0.5))]  # fmt: skip
+    for cache in ("float32", "int8"):
+        steps = list(Generator(model, cache).tokens([[5, 9, 200]] * 4, params))
+        assert len(steps) == 4
+        assert all(((tokens >= 0) & (tokens < 256)).all() for tokens in steps)

@@ -4,6 +4,7 @@ import pytest
 from tiny import tiny_model
 
 from bitjax import cli
+from bitjax.api import load
 from bitjax.infer import Generator, SamplingParams, generator, pack_model
 from bitjax.infer.memory import available_memory, mapping_warning, require_memory
 from bitjax.model.files import save_model
@@ -101,6 +102,21 @@ def test_generation_says_what_it_needs_before_it_allocates(monkeypatch):
     assert gen.generate(["a"], SamplingParams(max_new_tokens=10))[0].tokens == 10
 
 
+def test_seen_tokens_are_counted():
+    one, wide = (Generator(pack_model(tiny_model(vocab_size=v))) for v in (256, 1256))
+    assert wide._memory(5, 2, 16, 16) - one._memory(5, 2, 16, 16) == 5 * 1000
+
+
+def test_loading_warns(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    save_model(path, pack_model(tiny_model()))
+    load(path)  # a warning is an error here
+    monkeypatch.setattr("bitjax.infer.memory.available_memory", lambda: 1000)
+    with pytest.warns(UserWarning, match=r"^the weights take 0\.00 GB"):
+        load(path)
+
+
+@pytest.mark.filterwarnings("default")
 def test_at_the_command_line(tmp_path, capsys, monkeypatch):
     path = tmp_path / "model.safetensors"
     save_model(path, pack_model(tiny_model()))
@@ -109,6 +125,10 @@ def test_at_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("bitjax.infer.memory.available_memory", lambda: 1000)
     assert cli.main(["generate", str(path), "--max-new-tokens", "2"]) == 0
     assert "bitjax: warning: the weights take 0.00 GB" in capsys.readouterr().err
+    assert cli.main(["bench", str(path), "--prompt", "60"]) == 1
+    assert "bitjax: warning: the weights take 0.00 GB" in capsys.readouterr().err
+    assert cli.main(["bench", str(tmp_path)]) == 1
+    assert f"bitjax: {tmp_path} is not a model file" in capsys.readouterr().err
     monkeypatch.setattr(generator, "available_memory", lambda: 1000)
     assert cli.main(["generate", str(path), "--max-new-tokens", "2"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
