@@ -195,7 +195,7 @@ class Rows<int8_t, M> {
         load_vector(cache.key_scale + slot + c + v * kFloats, &scale);
         for (int i = 0; i < M; ++i)
           store_floats(score + i * kSplitSlots + c + v * kFloats,
-                       to_floats(acc[i][v]) * (scale * step_[i]));
+                       rounded(to_floats(acc[i][v]) * (scale * step_[i])));
       }
     }
   }
@@ -212,7 +212,7 @@ class Rows<int8_t, M> {
         Float16 w;
         load_floats(weight + i * kSplitSlots + v * kFloats, &w);
         load_vector(cache.value_scale + slot + v * kFloats, &scaled[v]);
-        scaled[v] = select(w > 0.0F, w * scaled[v], 0.0F);  // a slot that is not seen may hold a NaN
+        scaled[v] = select(w > 0.0F, rounded(w * scaled[v]), 0.0F);  // a slot that is not seen may hold a NaN
         top = larger(top, scaled[v]);
         poison += scaled[v] * 0.0F;
       }
@@ -238,7 +238,7 @@ class Rows<int8_t, M> {
   // Rounds to the nearest integer; |x| < 32768.
   static void store_shorts(const Float16& x, int16_t* codes) {
     typedef int16_t Narrow __attribute__((vector_size(kRegisterBytes / 2)));
-    const Float16 shifted = x + 12582912.0F;  // 1.5 * 2^23: the low bits are the integer
+    const Float16 shifted = rounded(x) + 12582912.0F;  // 1.5 * 2^23: the low bits are the integer
     for (int i = 0; i < kRegisters; ++i) {
       const Narrow low = __builtin_convertvector(reinterpret_cast<Ints>(shifted.part[i]), Narrow);
       __builtin_memcpy(codes + i * kRegisterFloats, &low, sizeof low);
@@ -270,7 +270,7 @@ class Rows<int8_t, M> {
       for (int v = 0; v < V; ++v) {
         Float16 sum;
         load_floats(out + i * h_ + v * kFloats, &sum);
-        sum += to_floats(acc[i][v]) * step[i];
+        sum += rounded(to_floats(acc[i][v]) * step[i]);
         store_floats(out + i * h_ + v * kFloats, sum);
       }
   }

@@ -4,8 +4,8 @@
 //
 //   bitjax_screened_logits
 //     x f32            [M, D]
-//     parts f32        [M, 2, E]   their sum is expand(x), nearly: the screen's operands
-//     approximate f32  [M, 2, V]   parts times the screen
+//     parts f32        [M, P, E]   their sum is expand(x), nearly: the screen's operands
+//     approximate f32  [M, P, V]   parts times the screen; P is 1 or 2
 //     table bf16       [V, D]
 //     dither f32       [D]
 //     scale f32        [V]         of the screen's rows; 15 times it is a row's largest step
@@ -70,7 +70,7 @@ constexpr int64_t kRowsAhead = 2;
 constexpr int64_t kLineValues = 32;  // of bfloat16, in a cache line
 
 struct Shape {
-  int64_t M, D, V;
+  int64_t M, D, V, P;
   int64_t groups() const { return (D + kScreenGroup - 1) / kScreenGroup; }
   int64_t chunks() const { return (V + kChunkTokens - 1) / kChunkTokens; }
 };
@@ -79,7 +79,9 @@ Shape shape_of(Dims x, Dims parts, Dims approximate, Dims table, Dims dither, Di
                Dims spreads, Dims norms, Dims ranks, Dims logits, Dims computed) {
   if (x.size() != 2 || x[1] == 0) throw wrong("x", "[M, D]", text(x));
   if (table.size() != 2 || table[0] == 0) throw wrong("table", "[V, D]", text(table));
-  const Shape s{x[0], x[1], table[0]};
+  if (parts.size() != 3 || parts[1] < 1 || parts[1] > 2)
+    throw wrong("parts", "[M, 1 or 2, E]", text(parts));
+  const Shape s{x[0], x[1], table[0], parts[1]};
   const auto require = [](const char* what, Dims got, std::initializer_list<int64_t> wanted) {
     if (got.size() == wanted.size() && std::equal(wanted.begin(), wanted.end(), got.begin()))
       return;
@@ -88,8 +90,8 @@ Shape shape_of(Dims x, Dims parts, Dims approximate, Dims table, Dims dither, Di
     throw wrong(what, "[" + all + "]", text(got));
   };
   if (s.V > std::numeric_limits<int32_t>::max()) throw wrong("table", "V < 2^31", text(table));
-  require("parts", parts, {s.M, 2, s.groups() * kGroupInputs});
-  require("approximate", approximate, {s.M, 2, s.V});
+  require("parts", parts, {s.M, s.P, s.groups() * kGroupInputs});
+  require("approximate", approximate, {s.M, s.P, s.V});
   require("table", table, {s.V, s.D});
   require("dither", dither, {s.D});
   require("scale", scale, {s.V});
@@ -117,7 +119,7 @@ Bound bound_of(const float* x, const float* parts, const float* dither, const Sh
     const int64_t count = std::min(kScreenGroup, s.D - g * kScreenGroup);
     const float* part = parts + g * kGroupInputs;
     const auto meet = [&](double z, int64_t i) {
-      const double p = static_cast<double>(part[i]) + part[E + i];
+      const double p = static_cast<double>(part[i]) + (s.P == 2 ? part[E + i] : 0);
       part_squares += p * p;
       rest_squares += (z - p) * (z - p);
     };
@@ -134,7 +136,7 @@ Bound bound_of(const float* x, const float* parts, const float* dither, const Sh
     squares += group;
     fourths += group * group;
   }
-  // A logit, and the products with both parts, are rounded D + 8 times at most, and a few times
+  // A logit, and the products with the parts, are rounded D + 8 times at most, and a few times
   // more while they are scaled and added. Products below FLT_MIN may become zero.
   const double rounding = static_cast<double>(s.D + 64) * 0x1p-24;
   const double norm = std::sqrt(rest_squares) +
@@ -199,15 +201,15 @@ struct Call {
 
   // Joins the parts' products in tokens [first, last) and finds the largest.
   void join(int64_t m, int64_t first, int64_t last, Largest* largest) const {
-    const float* a = approximate + 2 * m * s.V;
-    const float* b = a + s.V;
+    const float* a = approximate + s.P * m * s.V;
+    const float* b = s.P == 2 ? a + s.V : nullptr;
     float* sum = logits + m * s.V;
     for (int64_t begin = first; begin < last; begin += kBlockTokens) {
       const int64_t end = std::min(last, begin + kBlockTokens);
       const float threshold = largest->threshold();
       int above = 0;
       for (int64_t v = begin; v < end; ++v) {
-        sum[v] = a[v] + b[v];
+        sum[v] = b == nullptr ? a[v] : a[v] + b[v];
         above |= sum[v] > threshold ? 1 : 0;
       }
       if (above == 0) continue;
@@ -258,7 +260,7 @@ void run(ffi::ThreadPool pool, const Call& call, const int32_t* ranks, int32_t* 
   int64_t most = 0;
   for (int64_t m = 0; m < s.M; ++m) {
     const auto i = static_cast<size_t>(m);
-    bounds[i] = bound_of(call.x + m * s.D, call.parts + 2 * m * s.groups() * kGroupInputs,
+    bounds[i] = bound_of(call.x + m * s.D, call.parts + s.P * m * s.groups() * kGroupInputs,
                          call.dither, s);
     rank[i] = std::clamp<int64_t>(ranks[m], 1, s.V);
     most = std::max(most, rank[i]);

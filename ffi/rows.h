@@ -99,6 +99,21 @@ inline void load_bf16(const uint16_t* p, Float16* v) {
   }
 }
 
+// The value as rounded by now: what follows is not contracted with what gave it, which compilers
+// otherwise decide from place to place.
+inline Float16 rounded(Float16 v) {
+  for (Floats& part : v.part) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(part));
+#elif defined(__x86_64__)
+    asm("" : "+x"(part));
+#elif defined(__aarch64__)
+    asm("" : "+w"(part));
+#endif
+  }
+  return v;
+}
+
 // The first n floats, 16 at most, then zeros.
 inline Float16 load_up_to(const float* p, int64_t n) {
   Float16 v;

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import jax
@@ -20,6 +21,7 @@ from bitjax.ops.reference import KEY_BLOCK, Gate
 from bitjax.packing import PackedWeights, Screen
 
 Impl = Literal["auto", "ffi", "reference"]
+TWO_PART_ROWS = 2  # of activations, up to which a screen takes each in two int8 parts
 
 
 def packed_matmul(
@@ -123,7 +125,9 @@ def screened_logits(
             f"screened_logits: x has shape {x.shape} and ranks {ranks.shape}; wanted [..., {D}] "
             "and the same leading dimensions"
         )
-    parts = reference.int8_parts(screen.expand(x.astype(jnp.float32)))
+    # Few rows wait for memory, so a second part costs nothing and halves the bound; many do not.
+    parts_of_x = 2 if math.prod(x.shape[:-1]) <= TWO_PART_ROWS else 1
+    parts = reference.int8_parts(screen.expand(x.astype(jnp.float32)), parts_of_x)
     approximate = packed_matmul(parts, screen.weights, impl=impl)
     operands = (x, parts, approximate, table_VxD, screen, ranks)
     if impl == "reference" or (impl == "auto" and not ffi.available()):

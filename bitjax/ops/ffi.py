@@ -222,7 +222,7 @@ def screened_logits(
     """
     _load()
     *lead, D = x.shape
-    rows, V = math.prod(lead), table_VxD.shape[0]
+    rows, P, V = math.prod(lead), parts.shape[-2], table_VxD.shape[0]
     call = jax.ffi.ffi_call(
         "bitjax_screened_logits",
         (
@@ -233,7 +233,7 @@ def screened_logits(
     )
     logits, computed = call(
         x.astype(jnp.float32).reshape(rows, D), parts.reshape(rows, *parts.shape[-2:]),
-        approximate.reshape(rows, 2, V), table_VxD, screen.dither, screen.weights.scale,
+        approximate.reshape(rows, P, V), table_VxD, screen.dither, screen.weights.scale,
         screen.spreads, screen.norms, ranks.reshape(rows),
     )  # fmt: skip
     return logits.reshape(*lead, V), computed.reshape(lead)

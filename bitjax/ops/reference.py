@@ -78,14 +78,16 @@ def dequantized_matmul(x: jax.Array, weights: PackedWeights) -> jax.Array:
     return (acc * weights.scale.reshape((1,) * (acc.ndim - 1) + (-1,))).astype(x.dtype)
 
 
-def int8_parts(x: jax.Array) -> jax.Array:
-    """`[..., 2, D]`: x quantised to int8 per token, and what that left, quantised likewise.
+def int8_parts(x: jax.Array, count: int) -> jax.Array:
+    """`[..., count, D]`: x quantised to int8 per token, and what that left, quantised likewise.
 
-    Their sum is x to 16 bits. Quantising them again changes nothing, for their codes are integers
-    and their largest is 127 (or their scale is the smallest there is).
+    The sum of two parts is x to 16 bits. Quantising them again changes nothing, for their codes are
+    integers and their largest is 127 (or their scale is the smallest there is).
     """
-    first = int8_per_token(x).dequantize()
-    return jnp.stack([first, int8_per_token(x - first).dequantize()], axis=-2)
+    parts: list[jax.Array] = []
+    for _ in range(count):
+        parts.append(int8_per_token(x - sum(parts)).dequantize())
+    return jnp.stack(parts, axis=-2)
 
 
 def screened_logits(
