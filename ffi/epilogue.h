@@ -12,6 +12,7 @@
 #include <cstring>
 
 namespace bitjax {
+namespace {  // of each file its own, for they are compiled for different instruction sets
 
 inline uint16_t round_to_bf16(float x) {
   uint32_t bits;
@@ -61,6 +62,7 @@ inline void scale_row(const int32_t* acc, int64_t n_count, int32_t correction, f
   for (int64_t n = 0; n < n_count; ++n) y[n] = acc[n] - correction;
 }
 
+}  // namespace
 }  // namespace bitjax
 
 #endif  // BITJAX_FFI_EPILOGUE_H_

@@ -9,15 +9,6 @@
 namespace bitjax {
 namespace {
 
-float widen(float x) { return x; }
-
-float widen(uint16_t bf16) {
-  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
 template <typename T>
 void quantize_row(const T* x, int64_t k, int64_t k_padded, int8_t* q, float* x_scale) {
   float amax = kMinAmax;

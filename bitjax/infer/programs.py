@@ -1,9 +1,9 @@
 """Compiled programs that outlive the process.
 
 A function is traced and lowered in every process. What XLA then compiles is stored in a file named
-by the SHA-256 of all that it depends on: the lowered program itself, the versions of jax and
-jaxlib, jax's settings and XLA's flags, devices, threads, and the processor with its features. So an
-entry can be missing but never out of date, and nothing has to be invalidated.
+by the SHA-256 of all that it depends on: the lowered program and its arguments, the versions of
+jax and jaxlib, jax's settings and XLA's flags, devices, threads, and the processor with its
+features. So an entry can be missing but never out of date, and nothing has to be invalidated.
 
     file = SHA-256 of the name and the rest, 32 bytes | executable, serialised by jax
 
@@ -121,7 +121,9 @@ def _may_be_stored(leaves: Sequence[Any]) -> bool:
 
 def _stored(folder: Path, lowered: jax.stages.Lowered) -> Callable[..., Any]:
     """The executable of a lowered program: read, or compiled and written."""
-    path = folder / hashlib.sha256(f"{_surroundings()}\n{lowered.as_text()}".encode()).hexdigest()
+    # An argument that the program does not use is in no line of it, but checked at every call.
+    about = f"{_surroundings()}\n{lowered.args_info}\n{lowered.as_text()}"
+    path = folder / hashlib.sha256(about.encode()).hexdigest()
     content = _read(path)
     if content is not None:
         # Whatever this raises, and jax promises no type: compiling is always right.

@@ -577,6 +577,7 @@ ALL = {
     "w_scale": jnp.ones(1),
     "norm": jnp.zeros(0),
     "residual": jnp.zeros((2, 0)),
+    "columns": jnp.zeros((0, 0, 0), jnp.uint8),
     "y": ((2, 20), np.float32),
     "layout": np.int64(0),
     "gate": np.int64(0),
@@ -657,6 +658,10 @@ def test_the_operands_of_the_error_tests_are_valid():
         ({"residual": jnp.ones((1, 20))}, r"residual: wanted \[2, 20\] .* got \[1, 20\]"),
         ({"residual": jnp.ones((1, 0))}, r"residual: wanted \[2, 0\] .* got \[1, 0\]"),
         ({"residual": jnp.ones(20)}, r"residual: wanted .* got \[20\]"),
+        # columns
+        ({"columns": jnp.zeros((0, 0, 0), jnp.int8)}, "columns: wanted u8, got s8"),
+        ({"columns": jnp.zeros((1, 39, 64), jnp.uint8)}, r"columns: wanted \[1, 40, 64\]"),
+        (INT4 | {"columns": jnp.zeros((1, 40, 64), jnp.uint8)}, "columns: wanted none for this"),
         # leading dimensions
         (BATCH | {"y": ((3, 2, 20), np.float32)}, r"result: wanted the leading .*\[3, 2, 20\]"),
         (BATCH | {"y": ((1, 2, 20), np.float32)}, r"result: wanted the leading .*\[1, 2, 20\]"),

@@ -75,6 +75,12 @@ def test_a_program_of_other_arguments_is_another(folder):
     assert len(program) == len(entries(folder)) == 3
 
 
+def test_arguments_that_are_not_used_are_part_of_the_program(folder):
+    for unused in (jnp.ones(3), jnp.ones((4, 5)), jnp.ones(3, jnp.int32)):
+        assert Program(lambda unused, x: x + 1)(unused, jnp.float32(2)) == 3
+    assert len(list(folder.iterdir())) == 3
+
+
 def test_static_arguments_are_part_of_the_program(folder, no_compiler):
     def make():
         return Program(lambda n, x: x * n, static=1)
