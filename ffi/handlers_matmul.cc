@@ -473,6 +473,13 @@ void run(ffi::ThreadPool pool, const Plan& plan, const Data<X, Y>& data) {
   const int64_t block_chunks = (plan.row_blocks + chunk_blocks - 1) / chunk_blocks;
   const int64_t item_chunks = row_chunks * block_chunks;
   const Product<X, Y> product{kernel, plan, data, a};
+  const auto each = [&](int64_t count, const auto& body) {
+    if (serial) {
+      for (int64_t number = 0; number < count; ++number) body(number);
+    } else {
+      parallel_for(pool, count, body);
+    }
+  };
   if (plan.has_columns && rows == 1 && kernel.find_nonzero != nullptr) {
     const auto room = static_cast<size_t>(plan.k_padded());
     const std::unique_ptr<int32_t[]> input(new int32_t[room]);
@@ -481,7 +488,7 @@ void run(ffi::ThreadPool pool, const Plan& plan, const Data<X, Y>& data) {
     if (static_cast<double>(count) <= kSparseShare * static_cast<double>(plan.k)) {
       const SparseRow x{input.get(), value.get(), (count + 3) / 4 * 4};
       const auto tile = [&](int64_t number) { product.sparse_row(x, number); };
-      return parallel_for(pool, column_tiles_of(plan.layout, plan.n), tile);
+      return each(column_tiles_of(plan.layout, plan.n), tile);
     }
   }
   const auto body = [&](int64_t number) {
@@ -495,11 +502,7 @@ void run(ffi::ThreadPool pool, const Plan& plan, const Data<X, Y>& data) {
       product.panelled_rows(number / item_chunks, chunk);
     }
   };
-  if (serial) {
-    for (int64_t number = 0; number < items * item_chunks; ++number) body(number);
-  } else {
-    parallel_for(pool, items * item_chunks, body);
-  }
+  each(items * item_chunks, body);
 }
 
 // ---- entry points ------------------------------------------------------------------------------

@@ -300,6 +300,8 @@ def test_dummy_model_and_its_benchmark(tmp_path, capsys, monkeypatch):
     fails(capsys, "there is no file", "bench", path, "--against", f"x={program},{path}.gguf")
     fails(capsys, "is not NAME=LLAMA_BENCH", "bench", path, "--against", "x")
     fails(capsys, "no room in the context of 128", "bench", path, "--prompt", 128)
+    fails(capsys, "--context 129 is beyond the model's context of 128", "bench", path, "--prompt",
+          "--context", 129)  # fmt: skip
     fails(capsys, "more than the 6 tokens that are decoded", "bench", path, "--prompt",
           "--context", 6)  # fmt: skip
     limits = {}

@@ -18,6 +18,7 @@ Energy, `bitjax.bench.energy`, is that of the decode.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import statistics
@@ -74,98 +75,87 @@ def bench_model(
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a model file")
-    before = ffi.set_threads(workers)
-    try:
-        return _bench_model(
-            path, prompts, contexts, batches, rivals, rounds, cache_dtype, workers or threads()
-        )
-    finally:
-        ffi.set_threads(before)
+    with contextlib.ExitStack() as stack:
+        stack.callback(ffi.set_threads, ffi.set_threads(workers))
+        workers = workers or threads()
+        started = time.perf_counter()
+        model = load(path, check=False)
+        generator = Generator(model, cache_dtype)
+        loaded = time.perf_counter() - started
+        _decode(generator, 1, SHORT_PROMPT, 2)
+        first_token = time.perf_counter() - started
+        works: dict[str, Any] = {"decode": lambda: _decode(generator, 1, SHORT_PROMPT, DECODED)}
+        for P in prompts:
+            works[f"prompt {P}"] = lambda P=P: _prompt(generator, P)
+        limit = model.config.max_seq_len
+        if contexts is None:
+            contexts = [min(LONG_CONTEXT, limit)]
+        if beyond := [C for C in contexts if limit < C]:
+            raise ValueError(f"--context {beyond[0]} is beyond the model's context of {limit}")
+        for C in contexts:
+            works[f"context {C}"] = lambda C=C: _decode(generator, 1, C - DECODED - 2, DECODED)
+        for B in batches:
+            works[f"batch {B}"] = lambda B=B: _decode(generator, B, BATCH_PROMPT, BATCH_DECODED)
+            works[f"shared {B}"] = lambda B=B: _decode(
+                generator, B, BATCH_PROMPT, BATCH_DECODED, shared=True
+            )
+        for work in works.values():
+            work()  # compiles
 
-
-def _bench_model(
-    path: Path,
-    prompts: Sequence[int],
-    contexts: Sequence[int] | None,
-    batches: Sequence[int],
-    rivals: Sequence[Rival],
-    rounds: int,
-    cache_dtype: CacheDType,
-    workers: int,
-) -> dict[str, Any]:
-    started = time.perf_counter()
-    model = load(path, check=False)
-    generator = Generator(model, cache_dtype)
-    loaded = time.perf_counter() - started
-    _decode(generator, 1, SHORT_PROMPT, 2)
-    first_token = time.perf_counter() - started
-    works: dict[str, Any] = {"decode": lambda: _decode(generator, 1, SHORT_PROMPT, DECODED)}
-    for P in prompts:
-        works[f"prompt {P}"] = lambda P=P: _prompt(generator, P)
-    if contexts is None:
-        contexts = [min(LONG_CONTEXT, model.config.max_seq_len)]
-    for C in contexts:
-        works[f"context {C}"] = lambda C=C: _decode(generator, 1, C - DECODED - 2, DECODED)
-    for B in batches:
-        works[f"batch {B}"] = lambda B=B: _decode(generator, B, BATCH_PROMPT, BATCH_DECODED)
-        works[f"shared {B}"] = lambda B=B: _decode(
-            generator, B, BATCH_PROMPT, BATCH_DECODED, shared=True
-        )
-    for work in works.values():
-        work()  # compiles
-
-    rates: dict[str, list[float]] = {name: [] for name in works}
-    theirs: dict[str, dict[str, list[float]]] = {
-        r.name: {name: [] for name in works} for r in rivals
-    }
-    read, peak, joules = [], [], []
-    meter = PackageMeter()
-    for _ in range(rounds):
-        read.append(read_bandwidth(workers))
-        peak.append(dot_peak(workers))
-        for name, work in works.items():
-            rates[name].append(work())
-            for rival in rivals:
-                rate = rival.measure(name, workers, BATCH_PROMPT, BATCH_DECODED)
-                if rate is not None:
-                    theirs[rival.name][name].append(rate)
-        if meter.readable:
-            joules.append(_decode_joules(generator, meter))
-    limits = _limits(model, cache_dtype, statistics.median(read), statistics.median(peak))
-    results = {
-        name: {
-            "tokens_per_s": statistics.median(values),
-            "slowest": min(values),
-            "fastest": max(values),
-            "limit": limits(name),
-            "of_limit": statistics.median(values) / limits(name),
-            "against": {
-                rival: _ratio(values, other[name]) for rival, other in theirs.items() if other[name]
-            },
+        rates: dict[str, list[float]] = {name: [] for name in works}
+        theirs: dict[str, dict[str, list[float]]] = {
+            r.name: {name: [] for name in works} for r in rivals
         }
-        for name, values in rates.items()
-    }
-    energy = _energy(model, joules)
-    _print_table(
-        path, results, energy, theirs, statistics.median(read), statistics.median(peak), workers
-    )
-    document = {
-        **machine(),
-        "threads": workers,
-        "model": path.name,
-        "cache": cache_dtype,
-        "file_bytes": path.stat().st_size,
-        "load_s": loaded,
-        "first_token_s": first_token,
-        "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "read_gb_per_s": [value / 1e9 for value in read],
-        "peak_gop_per_s": [value / 1e9 for value in peak],
-        "results": results,
-        "energy": energy,
-        "rivals": theirs,
-    }
-    print(json.dumps(document))
-    return document
+        read, peak, joules = [], [], []
+        meter = PackageMeter()
+        for _ in range(rounds):
+            read.append(read_bandwidth(workers))
+            peak.append(dot_peak(workers))
+            for name, work in works.items():
+                rates[name].append(work())
+                for rival in rivals:
+                    rate = rival.measure(name, workers, BATCH_PROMPT, BATCH_DECODED)
+                    if rate is not None:
+                        theirs[rival.name][name].append(rate)
+            if meter.readable:
+                joules.append(_decode_joules(generator, meter))
+        limits = _limits(model, cache_dtype, statistics.median(read), statistics.median(peak))
+        results = {
+            name: {
+                "tokens_per_s": statistics.median(values),
+                "slowest": min(values),
+                "fastest": max(values),
+                "limit": limits(name),
+                "of_limit": statistics.median(values) / limits(name),
+                "against": {
+                    rival: _ratio(values, other[name])
+                    for rival, other in theirs.items()
+                    if other[name]
+                },
+            }
+            for name, values in rates.items()
+        }
+        energy = _energy(model, joules)
+        _print_table(
+            path, results, energy, theirs, statistics.median(read), statistics.median(peak), workers
+        )
+        document = {
+            **machine(),
+            "threads": workers,
+            "model": path.name,
+            "cache": cache_dtype,
+            "file_bytes": path.stat().st_size,
+            "load_s": loaded,
+            "first_token_s": first_token,
+            "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "read_gb_per_s": [value / 1e9 for value in read],
+            "peak_gop_per_s": [value / 1e9 for value in peak],
+            "results": results,
+            "energy": energy,
+            "rivals": theirs,
+        }
+        print(json.dumps(document))
+        return document
 
 
 def _decode(
