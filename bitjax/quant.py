@@ -119,8 +119,12 @@ def require_finite(name: str, array: jax.Array | np.ndarray) -> None:
     Raises:
         ValueError: naming the array, how many of its values are not finite, and the first.
     """
-    bad = ~np.isfinite(np.asarray(array, dtype=np.float32))
-    if bad.any():
+    array = np.asarray(array)
+    flat = array.reshape(-1)
+    # Part by part, in the cache: a table of bfloat16 would take twice its size more as float32.
+    parts = (flat[i : i + 2**18] for i in range(0, flat.size, 2**18))
+    if not all(np.isfinite(part.astype(np.float32)).all() for part in parts):
+        bad = ~np.isfinite(array.astype(np.float32))
         first = tuple(int(i) for i in np.argwhere(bad)[0])
         raise ValueError(
             f"{name} holds {int(bad.sum())} values that are not finite, the first at index "

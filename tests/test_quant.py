@@ -94,6 +94,16 @@ def test_require_finite_names_the_array_and_the_place():
         quant.require_finite("blocks.0", np.array([[0, np.inf], [np.nan, 0]]))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("at", [(0, 0), (511, 1023), (512, 5), (999, 1023)])
+def test_require_finite_looks_at_every_part(dtype, at):
+    w = np.zeros((1000, 1024), dtype)
+    quant.require_finite("w", w)
+    w[at] = -np.inf
+    with pytest.raises(ValueError, match=rf"w holds 1 values .* index \({at[0]}, {at[1]}\)"):
+        quant.require_finite("w", w)
+
+
 @pytest.mark.parametrize("name", ["ternary", "binary", "int8_per_token"])
 def test_gradient_is_straight_through(name):
     x = jax.random.normal(jax.random.key(0), (4, 6))
