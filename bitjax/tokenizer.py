@@ -4,8 +4,35 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable
+from typing import Protocol
 
 import numpy as np
+
+
+class StreamDecoder(Protocol):
+    """Turns one stream of tokens into text as they come."""
+
+    def feed(self, token: int) -> str:
+        """Text completed by this token, possibly none; never a part of a character."""
+
+    def finish(self) -> str:
+        """What an unfinished character at the end leaves."""
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    name: str
+    vocab_size: int
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 `[T]`."""
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Text of the tokens."""
+
+    def stream_decoder(self) -> StreamDecoder:
+        """A decoder for one stream of tokens."""
 
 
 class ByteTokenizer:

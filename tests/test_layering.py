@@ -14,6 +14,7 @@ LAYERS = [
     {"ops", "presets"},
     {"model"},
     {"train", "infer", "evaluate"},
+    {"interop"},
     {"api", "recipe"},
     {"terminal"},
     {"demo", "inspection", "bench"},
