@@ -1,0 +1,3 @@
+"""placeholder"""
+def detect(file, config):
+    raise ValueError("ask")
