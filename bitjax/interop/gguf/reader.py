@@ -216,8 +216,7 @@ class _Matrices:
         """A matrix in the row order of the file: ternary if its values are."""
         entry, raw = self._file.tensors[arch.gguf_name(name)], self._file.raw(arch.gguf_name(name))
         if entry.type.name == "I2_S":
-            group = self._i2s_group()
-            codes, scale = blocks.decode_i2s(raw, entry.shape, group)  # type: ignore[arg-type]
+            codes, scale = self._i2s(name)
             found: Ternary | None = Ternary(codes, np.asarray(scale, np.float32))
             self._require_codes(name, codes)
         elif entry.type.name in blocks.BLOCKWISE:
@@ -252,11 +251,8 @@ class _Matrices:
     def _scaled_floats(self, name: str) -> np.ndarray:
         kind, factor = self.kind(name), self._factor(name)
         if kind == "I2_S":
-            entry = self._file.tensors[arch.gguf_name(name)]
-            codes, scale = blocks.decode_i2s(
-                self._file.raw(arch.gguf_name(name)), entry.shape, self._i2s_group()  # type: ignore[arg-type]
-            )
-            values = codes * np.float32(scale)
+            codes, scale = self._i2s(name)
+            values = codes * scale
         else:
             values = _floats(self._file, arch.gguf_name(name))
         return values if factor == 1 else values.astype(np.float32) * factor
@@ -274,6 +270,16 @@ class _Matrices:
                 raise ValueError(f"{self._file.path}: {GROUP_KEY}={stated!r:.40} is not known")
             self._group = stated if isinstance(stated, int) else i2s.detect(self._file, self.config)
         return self._group
+
+    def _i2s(self, name: str) -> tuple[np.ndarray, np.float32]:
+        """Codes and scale of a matrix in I2_S."""
+        name_there = arch.gguf_name(name)
+        shape, group = self._file.tensors[name_there].shape, self._i2s_group()
+        if not i2s.fits(shape, group):
+            raise ValueError(
+                f"{self._where(name)} of shape {list(shape)} cannot be in groups of {group}"
+            )
+        return blocks.decode_i2s(self._file.raw(name_there), shape, group)  # type: ignore[arg-type]
 
 
 def _uniform(codes: np.ndarray, scales: np.ndarray) -> Ternary | None:
