@@ -155,9 +155,7 @@ class LlamaCpp:
         """Token ids of a text, without a token for its beginning."""
         raw = text.encode()
         ids = (c.c_int32 * (len(raw) + 8))()
-        count = self._lib.llama_tokenize(
-            self._vocab, raw, len(raw), ids, len(ids), False, special
-        )
+        count = self._lib.llama_tokenize(self._vocab, raw, len(raw), ids, len(ids), False, special)
         return list(ids[:count])
 
 

@@ -31,6 +31,7 @@ from typing import Any, Literal
 import numpy as np
 
 from bitjax.config import ModelConfig, RopeScaling
+from bitjax.interop.checkpoint import LAYER_OF
 from bitjax.interop.gguf.container import Value
 
 Activation = Literal["silu", "relu2"]
@@ -236,7 +237,9 @@ def rope_factors(config: ModelConfig) -> np.ndarray:
     """
     scaling, h = config.rope_scaling, config.head_dim
     exponents = np.arange(0, h, 2, dtype=np.float32) / np.float32(h)
-    wavelengths = 2 * math.pi * np.power(np.float32(config.rope_theta), exponents).astype(np.float64)
+    wavelengths = (
+        2 * math.pi * np.power(np.float32(config.rope_theta), exponents).astype(np.float64)
+    )
     turns = scaling.original_max_seq_len / wavelengths  # in the context first trained on
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     share = np.clip((turns - low) / (high - low), 0, 1)
@@ -284,4 +287,11 @@ def scaled(where: str, config: ModelConfig, factors: np.ndarray, context: int) -
 
 def matrix_names(config: ModelConfig) -> list[str]:
     """Every matrix of the linear layers, in order."""
-    return [f"blocks.{i}.{part}" for i, part in itertools.product(range(config.num_layers), MATRICES)]
+    layers = range(config.num_layers)
+    return [f"blocks.{i}.{part}" for i, part in itertools.product(layers, MATRICES)]
+
+
+def layer_of(name: str) -> str:
+    """The linear layer that a matrix is, or is stacked in: `blocks.0.attention.qkv`."""
+    parent, _, part = name.rpartition(".")
+    return f"{parent}.{LAYER_OF.get(part, part)}"

@@ -107,7 +107,7 @@ def open_container(path: Path) -> Container:
             data = np.memmap(file, np.uint8, mode="r")
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
-    cursor = _Cursor(path, memoryview(data)[: min(size, MAX_METADATA)], size)
+    cursor = _Cursor(path, data.data[: min(size, MAX_METADATA)], size)
     cursor.at = 4
     version = cursor.number(UINT32)
     if version not in (2, 3):
@@ -120,7 +120,10 @@ def open_container(path: Path) -> Container:
     # The smallest tensor takes 32 bytes of the table, the smallest entry 13.
     for what, count, least in zip(("tensors", "entries"), counts, (32, 13), strict=True):
         if count > MAX_ENTRIES or count * least > size:
-            raise ValueError(f"{path}: a file of {size} bytes cannot have {count} {what} (or may not)")
+            raise ValueError(
+                f"{path}: {count} {what}; {min(size // least, MAX_ENTRIES)} "
+                "are allowed in a file of this size"
+            )
     metadata: dict[str, Value] = {}
     for _ in range(counts[1]):
         key = cursor.name("metadata key")
@@ -128,7 +131,9 @@ def open_container(path: Path) -> Container:
             raise ValueError(f"{path}: metadata key {key!r} occurs twice")
         metadata[key] = cursor.value(key)
     table = _tensor_table(cursor, counts[0])
-    return Container(path, metadata, _placed(path, metadata, table, cursor.at, size), np.asarray(data))
+    return Container(
+        path, metadata, _placed(path, metadata, table, cursor.at, size), np.asarray(data)
+    )
 
 
 def _tensor_table(cursor: _Cursor, count: int) -> dict[str, Entry]:
@@ -141,7 +146,9 @@ def _tensor_table(cursor: _Cursor, count: int) -> dict[str, Entry]:
             raise ValueError(f"{where} occurs twice")
         dimensions = cursor.number(UINT32)
         if not 1 <= dimensions <= MAX_DIMENSIONS:
-            raise ValueError(f"{where} has {dimensions} dimensions; 1 to {MAX_DIMENSIONS} are allowed")
+            raise ValueError(
+                f"{where} has {dimensions} dimensions; 1 to {MAX_DIMENSIONS} are allowed"
+            )
         shape = tuple(cursor.number(UINT64) for _ in range(dimensions))[::-1]
         number, offset = cursor.number(UINT32), cursor.number(UINT64)
         if number not in TYPES:
@@ -242,7 +249,7 @@ class _Cursor:
             raise ValueError(f"{self.path}: {key} is an array of value type {kind}, not allowed")
         self._strings -= count
         if self._strings < 0 or count * 8 > len(self._data) - self.at:
-            raise ValueError(f"{self.path}: {key} cannot have (or may not) {count} strings")
+            raise ValueError(f"{self.path}: {key} has {count} strings, too many")
         return [self.string(key, MAX_METADATA) for _ in range(count)]
 
 
@@ -356,5 +363,3 @@ def _encoded(key: str, value: Any) -> bytes:
         return head + struct.pack("<IQ", STRING, len(items)) + b"".join(map(_string, items))
     whole = all(isinstance(item, int) for item in items)
     return _encoded(key, np.array(items, "<i4" if whole else "<f4"))
-
-

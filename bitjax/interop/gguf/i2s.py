@@ -57,7 +57,8 @@ def detect(file: Container, config: ModelConfig) -> int:
             if entry.type.name != "I2_S" or weights is None:
                 continue
             raw = file.raw(arch.gguf_name(f"blocks.{i}.{norm}"))
-            ranks = _ranks(np.abs(blocks.decode_float(weights.type, raw, weights.shape)))
+            before = np.abs(blocks.decode_float(weights.type, raw, weights.shape), dtype=np.float32)
+            ranks = _ranks(np.nan_to_num(before))
             impossible |= {group for group in totals if not fits(entry.shape, group)}
             count += 1
             for group in set(totals) - impossible:

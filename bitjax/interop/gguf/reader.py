@@ -20,36 +20,31 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from bitjax.config import ModelConfig, from_dict
-from bitjax.interop.checkpoint import LAYER_OF, Checkpoint, Ternary, tensor_shapes
+from bitjax.interop.checkpoint import Checkpoint, Ternary, tensor_shapes
 from bitjax.interop.gguf import architecture as arch
 from bitjax.interop.gguf import blocks, i2s
+from bitjax.interop.gguf.architecture import layer_of
 from bitjax.interop.gguf.container import Container, open_container
+from bitjax.interop.gguf.ternary import of_blocks, of_floats
 from bitjax.tokenizer import Tokenizer
 
 CONFIG_KEY, GROUP_KEY = "bitjax.config", "bitjax.i2s_group"
 # What metadata cannot say of a model but `bitjax.config` does.
 STATED = ("weights", "activations", "float_layers", "init_std")
-ROWS = 1024  # of a float matrix, examined at once
 
 
-def read_gguf(
-    path: Path,
-    i2s_group: int | None = None,
-    tokenizer_from: Callable[[Mapping[str, object]], Tokenizer | None] | None = None,
-) -> Checkpoint:
+def read_gguf(path: Path, i2s_group: int | None = None) -> Checkpoint:
     """Read a model; its tensors stay in the memory-mapped file until they are asked for.
 
     Args:
         path: of the file.
         i2s_group: values in a group of I2_S matrices: 128 as built for x86, 64 as built for Arm,
             4 for four rows to a byte; None to have it detected.
-        tokenizer_from: makes a tokenizer of the metadata; by default the project's own.
 
     Raises:
         ValueError: not a GGUF file, a damaged one, a model that cannot be expressed here, or I2_S
@@ -58,20 +53,23 @@ def read_gguf(
     if i2s_group not in (None, *blocks.I2S_GROUPS):
         raise ValueError(f"i2s_group={i2s_group} is not one of {blocks.I2S_GROUPS}")
     file = open_container(Path(path))
-    config = _shape(file)
-    model = _Matrices(file, config, i2s_group)
-    config = _with_formats(file, model)
-    model.config = config
-    tokenizer = _tokenizer(tokenizer_from, file)
-    return Checkpoint(str(path), config, model.read, tokenizer)
+    model = _Matrices(file, _shape(file), i2s_group)
+    model.config = _with_formats(file, model)
+    return Checkpoint(str(path), model.config, model.read, _tokenizer(file, model.config))
 
 
-def _tokenizer(
-    tokenizer_from: Callable[[Mapping[str, object]], Tokenizer | None] | None, file: Container
-) -> Tokenizer | None:
+def _tokenizer(file: Container, config: ModelConfig) -> Tokenizer | None:
     if file.metadata.get("tokenizer.ggml.model") in (None, "no_vocab", "none"):
         return None
-    return None if tokenizer_from is None else tokenizer_from(file.metadata)
+    from bitjax.interop.tokenizers.gguf import tokenizer_from_gguf  # imports much else
+
+    tokenizer = tokenizer_from_gguf(file.metadata, str(file.path))
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{file.path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding "
+            f"{config.vocab_size} rows"
+        )
+    return tokenizer
 
 
 def _shape(file: Container) -> ModelConfig:
@@ -127,6 +125,8 @@ def _floats(file: Container, name: str) -> np.ndarray:
 def _with_formats(file: Container, model: _Matrices) -> ModelConfig:
     """The configuration with number formats: stated, or found as the module says."""
     config, where = model.config, str(file.path)
+    if any(model.kind(name) == "I2_S" for name in arch.matrix_names(config)):
+        model.settle_i2s()
     stated = file.metadata.get(CONFIG_KEY)
     if stated is not None:
         try:
@@ -142,27 +142,27 @@ def _with_formats(file: Container, model: _Matrices) -> ModelConfig:
     if not types & set(blocks.TERNARY):
         if not types <= set(blocks.FLOATS):
             return config.full_precision_twin()
-        ternary = all(isinstance(model.stored(name), Ternary) for name in first)
+        ternary = all(_is_ternary(model, name) for name in first)
         is_master = _architecture(file) != "llama"
         return config if ternary or is_master else config.full_precision_twin()
-    if any(model.is_float(name) for name in first if model.kind(name) in blocks.BLOCKWISE):
+    if not all(_is_ternary(model, name) for name in first if model.kind(name) in blocks.BLOCKWISE):
         return config.full_precision_twin()
     layers: dict[str, set[bool]] = {}
     for name in names:
-        parent, _, part = name.rpartition(".")
-        layer = f"{parent}.{LAYER_OF.get(part, part)}"
-        layers.setdefault(layer, set()).add(
-            model.kind(name) not in blocks.TERNARY and model.is_float(name)
-        )
+        is_float = model.kind(name) not in blocks.TERNARY and not _is_ternary(model, name)
+        layers.setdefault(layer_of(name), set()).add(is_float)
     mixed = [layer for layer, kinds in layers.items() if len(kinds) > 1]
     if mixed:
         raise ValueError(
-            f"{where}: {mixed[0]} is stacked of ternary and float matrices; "
-            "its parts must be alike"
+            f"{where}: {mixed[0]} is stacked of ternary and float matrices; its parts must be alike"
         )
     return dataclasses.replace(
         config, float_layers=tuple(layer for layer, kinds in layers.items() if True in kinds)
     )
+
+
+def _is_ternary(model: _Matrices, name: str) -> bool:
+    return isinstance(model.stored(name), Ternary)
 
 
 class _Matrices:
@@ -183,9 +183,20 @@ class _Matrices:
         """Name of the type that a tensor is stored in."""
         return self._file.tensors[arch.gguf_name(name)].type.name
 
-    def is_float(self, name: str) -> bool:
-        """Whether a matrix is no code times scale."""
-        return not isinstance(self.stored(name), Ternary)
+    def settle_i2s(self) -> None:
+        """Decide on the form of I2_S matrices; see `read_gguf`."""
+        if self._group is None:
+            stated = self._file.metadata.get(GROUP_KEY)
+            if stated is not None and stated not in blocks.I2S_GROUPS:
+                raise ValueError(f"{self._file.path}: {GROUP_KEY}={stated!r:.40} is not known")
+            self._group = stated if isinstance(stated, int) else i2s.detect(self._file, self.config)
+        for name in self._linear:
+            shape = self._file.tensors[arch.gguf_name(name)].shape
+            if self.kind(name) == "I2_S" and not i2s.fits(shape, self._group):
+                raise ValueError(
+                    f"{self._where(name)} of shape {list(shape)} cannot be in groups of "
+                    f"{self._group}"
+                )
 
     def read(self, name: str) -> np.ndarray | Ternary:
         """As `Checkpoint.read`."""
@@ -193,138 +204,76 @@ class _Matrices:
             raise ValueError(f"{self._file.path} has no tensor {name!r}")
         if name not in self._linear:
             return _floats(self._file, arch.gguf_name(name))
-        parent, _, part = name.rpartition(".")
-        config, kind = self.config, self.kind(name)
-        if config.weights == "float" or config.is_float_layer(
-            f"{parent}.{LAYER_OF.get(part, part)}"
-        ):
+        if self.config.weights == "float" or self.config.is_float_layer(layer_of(name)):
             return self._in_order(name, self._scaled_floats(name))
         value = self.stored(name)
-        if not isinstance(value, Ternary) and kind not in blocks.FLOATS:
-            raise ValueError(
-                f"{self._where(name)} is in {kind} and not one scale times -1, 0 and 1 in every "
-                "row, in a ternary model"
-            )
         if isinstance(value, Ternary):
-            return Ternary(
-                self._in_order(name, value.codes),
-                self._in_order(name, value.scale) if value.scale.ndim else value.scale,
+            scale = self._in_order(name, value.scale) if value.scale.ndim else value.scale
+            return Ternary(self._in_order(name, value.codes), scale)
+        if self.kind(name) not in blocks.FLOATS:
+            raise ValueError(
+                f"{self._where(name)} is in {self.kind(name)} and not, row by row, one scale "
+                "times -1, 0 and 1; that of a ternary model must be"
             )
         return self._in_order(name, value)
 
     def stored(self, name: str) -> np.ndarray | Ternary:
         """A matrix in the row order of the file: ternary if its values are."""
-        entry, raw = self._file.tensors[arch.gguf_name(name)], self._file.raw(arch.gguf_name(name))
-        if entry.type.name == "I2_S":
-            codes, scale = self._i2s(name)
-            found: Ternary | None = Ternary(codes, np.asarray(scale, np.float32))
-            self._require_codes(name, codes)
-        elif entry.type.name in blocks.BLOCKWISE:
-            codes, scales = blocks.decode_blockwise(entry.type, raw, entry.shape)  # type: ignore[arg-type]
-            found = _uniform(codes, scales)
-            if found is not None:
-                self._require_codes(name, codes)
-        else:
-            found = as_ternary(blocks.decode_float(entry.type, raw, entry.shape))
+        found = self._ternary(name)
         if found is None:
             return self._scaled_floats(name)
-        factor = self._factor(name)
+        if found.codes.max(initial=0) > 1:
+            raise ValueError(
+                f"{self._where(name)} holds the code 3, which stands for nothing in a ternary one"
+            )
         with np.errstate(over="ignore", invalid="ignore"):
-            scale = np.asarray(found.scale * factor, np.float32)
+            scale = np.asarray(found.scale * self._factor(name), np.float32)
         if not np.isfinite(scale).all():
             raise ValueError(f"{self._where(name)} has a scale that is not finite")
         return Ternary(found.codes, scale)
 
-    def _where(self, name: str) -> str:
-        return f"{self._file.path}: tensor {arch.gguf_name(name)!r}"
+    def _ternary(self, name: str) -> Ternary | None:
+        """Codes and scale without the matrix's own factor; codes may be +2."""
+        kind, raw, shape = self._stored_as(name)
+        if kind.name == "I2_S":
+            codes, scale = self._i2s(raw, shape)
+            return Ternary(codes, np.asarray(scale, np.float32))
+        if kind.name in blocks.BLOCKWISE:
+            return of_blocks(*blocks.decode_blockwise(kind, raw, shape))
+        return of_floats(blocks.decode_float(kind, raw, shape))
+
+    def _scaled_floats(self, name: str) -> np.ndarray:
+        kind, raw, shape = self._stored_as(name)
+        if kind.name == "I2_S":
+            codes, scale = self._i2s(raw, shape)
+            values = codes * scale
+        else:
+            values = blocks.decode_float(kind, raw, shape)
+        factor = self._factor(name)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return values if factor == 1 else values.astype(np.float32) * factor
+
+    def _stored_as(self, name: str) -> tuple[blocks.TensorType, np.ndarray, tuple[int, int]]:
+        """Type, bytes and shape of a matrix."""
+        name = arch.gguf_name(name)
+        rows, cols = self._file.tensors[name].shape
+        return self._file.tensors[name].type, self._file.raw(name), (rows, cols)
+
+    def _i2s(self, raw: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.float32]:
+        assert self._group is not None  # settled
+        return blocks.decode_i2s(raw, shape, self._group)
+
+    def _factor(self, name: str) -> np.float32:
+        """Of the whole matrix, which some files keep as a tensor of its own."""
+        name = arch.gguf_name(name, "scale")
+        if name not in self._file.tensors:
+            return np.float32(1)
+        return np.float32(_floats(self._file, name)[0])
 
     def _in_order(self, name: str, values: np.ndarray) -> np.ndarray:
         if _architecture(self._file) != "llama":
             return values
         return arch.half_split(self.config, name, values)
 
-    def _factor(self, name: str) -> np.float32:
-        """Of the whole matrix, which some files keep as a tensor of its own."""
-        name = arch.gguf_name(name, "scale")
-        return _floats(self._file, name).astype(np.float32)[0] if name in self._file.tensors else np.float32(1)
-
-    def _scaled_floats(self, name: str) -> np.ndarray:
-        kind, factor = self.kind(name), self._factor(name)
-        if kind == "I2_S":
-            codes, scale = self._i2s(name)
-            values = codes * scale
-        else:
-            values = _floats(self._file, arch.gguf_name(name))
-        return values if factor == 1 else values.astype(np.float32) * factor
-
-    def _require_codes(self, name: str, codes: np.ndarray) -> None:
-        if codes.max(initial=0) > 1:
-            raise ValueError(
-                f"{self._where(name)} holds the code 3, which stands for nothing in a ternary matrix"
-            )
-
-    def _i2s_group(self) -> int:
-        if self._group is None:
-            stated = self._file.metadata.get(GROUP_KEY)
-            if stated is not None and stated not in blocks.I2S_GROUPS:
-                raise ValueError(f"{self._file.path}: {GROUP_KEY}={stated!r:.40} is not known")
-            self._group = stated if isinstance(stated, int) else i2s.detect(self._file, self.config)
-        return self._group
-
-    def _i2s(self, name: str) -> tuple[np.ndarray, np.float32]:
-        """Codes and scale of a matrix in I2_S."""
-        name_there = arch.gguf_name(name)
-        shape, group = self._file.tensors[name_there].shape, self._i2s_group()
-        if not i2s.fits(shape, group):
-            raise ValueError(
-                f"{self._where(name)} of shape {list(shape)} cannot be in groups of {group}"
-            )
-        return blocks.decode_i2s(self._file.raw(name_there), shape, group)  # type: ignore[arg-type]
-
-
-def _uniform(codes: np.ndarray, scales: np.ndarray) -> Ternary | None:
-    """A matrix whose blocks of one row have one scale, the scale made positive; else None.
-
-    Blocks whose scale is 0 hold zeros whatever their codes.
-    """
-    width = codes.shape[1] // scales.shape[1]
-    zero = scales == 0
-    if zero.any():
-        codes = np.where(np.repeat(zero, width, axis=1), np.int8(0), codes)
-    per_row = np.take_along_axis(scales, np.argmax(~zero, axis=1)[:, None], axis=1)
-    if not ((scales == per_row) | zero).all():
-        return None
-    row = per_row[:, 0]
-    rows_used = row != 0
-    if not rows_used.any():
-        return Ternary(codes, np.float32(0) + np.zeros((), np.float32))
-    first = row[rows_used][0]
-    if (row[rows_used] == first).all():
-        scale = np.asarray(first)
-    else:
-        scale = row
-    negative = scale < 0
-    if negative.any():
-        codes = np.where(negative if not negative.ndim else negative[:, None], -codes, codes)
-    return Ternary(codes.astype(np.int8, copy=False), np.abs(scale).astype(np.float32))
-
-
-def as_ternary(values: np.ndarray) -> Ternary | None:
-    """A float matrix as codes and scale, if every row is one magnitude and zeros; else None."""
-    rows, cols = values.shape
-    scales = np.empty(rows, np.float32)
-    codes = np.empty((rows, cols), np.int8)
-    for start in range(0, rows, ROWS):
-        part = np.asarray(values[start : start + ROWS], np.float32)
-        size = np.abs(part)
-        largest = size.max(axis=1)
-        if not np.isfinite(largest).all() or not ((size == largest[:, None]) | (size == 0)).all():
-            return None
-        scales[start : start + ROWS] = largest
-        codes[start : start + ROWS] = np.sign(part)
-    used = scales[scales > 0]
-    if not used.size:
-        return None
-    if (used == used[0]).all():
-        return Ternary(codes, np.asarray(used[0]))
-    return Ternary(codes, scales)
+    def _where(self, name: str) -> str:
+        return f"{self._file.path}: tensor {arch.gguf_name(name)!r}"

@@ -17,20 +17,20 @@ Sources: as `architecture`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 from bitjax.config import ModelConfig, to_json
-from bitjax.interop.checkpoint import LAYER_OF, Checkpoint, Ternary, tensor_shapes
+from bitjax.interop.checkpoint import Checkpoint, Ternary, tensor_shapes
 from bitjax.interop.gguf import architecture as arch
 from bitjax.interop.gguf import blocks
 from bitjax.interop.gguf.container import Tensor, write_container
 from bitjax.interop.gguf.reader import CONFIG_KEY, GROUP_KEY
 from bitjax.quant import WEIGHT_QUANTIZERS, require_finite
-from bitjax.tokenizer import Tokenizer
 
 Kind = Literal["TQ2_0", "TQ1_0", "I2_S", "F16", "F32"]
 Table = Literal["F32", "F16", "BF16", "Q8_0"]
@@ -127,7 +127,6 @@ def write_gguf(
     kind: Kind,
     overwrite: bool = False,
     tables: Table = "F16",
-    metadata_of: Callable[[Tokenizer], Mapping[str, Any]] | None = None,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Write a checkpoint, one matrix at a time.
@@ -138,7 +137,6 @@ def write_gguf(
         kind: how linear layers are stored; float ones as F16 (with kind F32 as F32).
         overwrite: replace a file of that name.
         tables: how embedding and head are stored; F32 with kind F32.
-        metadata_of: the `tokenizer.*` entries of a tokenizer; by default the project's own.
         on_bytes: told the size of every piece that was written.
 
     Raises:
@@ -160,30 +158,27 @@ def write_gguf(
     }
     if kind == "I2_S":
         metadata[GROUP_KEY] = GROUP
-    metadata |= _tokenizer_metadata(checkpoint, metadata_of)
+    metadata |= _tokenizer_metadata(checkpoint)
     tensors = _Tensors(checkpoint, architecture, kind, "F32" if kind == "F32" else tables)
     write_container(path, metadata, tensors.all(), overwrite, on_bytes)
 
 
 def _ternary_matrices(config: ModelConfig) -> list[str]:
     """Matrices that are ternary: those of no float layer."""
-
-    def layer(name: str) -> str:
-        parent, _, part = name.rpartition(".")
-        return f"{parent}.{LAYER_OF.get(part, part)}"
-
     if config.weights == "float":
         return []
-    return [name for name in arch.matrix_names(config) if not config.is_float_layer(layer(name))]
+    return [
+        name for name in arch.matrix_names(config) if not config.is_float_layer(arch.layer_of(name))
+    ]
 
 
-def _tokenizer_metadata(
-    checkpoint: Checkpoint, metadata_of: Callable[[Tokenizer], Mapping[str, Any]] | None
-) -> dict[str, Any]:
+def _tokenizer_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     """The tokenizer's entries, its tokens as many as the embedding has rows."""
-    if checkpoint.tokenizer is None or metadata_of is None:
+    if checkpoint.tokenizer is None:
         return {"tokenizer.ggml.model": "no_vocab"}
-    metadata = dict(metadata_of(checkpoint.tokenizer))
+    from bitjax.interop.tokenizers.gguf import gguf_metadata  # imports much else
+
+    metadata = gguf_metadata(checkpoint.tokenizer)
     tokens = list(metadata["tokenizer.ggml.tokens"])
     missing = checkpoint.config.vocab_size - len(tokens)
     if missing < 0:
@@ -191,14 +186,13 @@ def _tokenizer_metadata(
             f"{checkpoint.origin}: the tokenizer has {len(tokens)} tokens, the embedding "
             f"{checkpoint.config.vocab_size} rows"
         )
-    fillers = {
-        "tokenizer.ggml.tokens": [f"[PAD{len(tokens) + i}]" for i in range(missing)],
-        "tokenizer.ggml.token_type": [UNUSED] * missing,
-        "tokenizer.ggml.scores": [-1e4] * missing,
-    }
-    return metadata | {
-        key: [*metadata[key], *filler] for key, filler in fillers.items() if key in metadata
-    }
+    metadata["tokenizer.ggml.tokens"] = tokens + [f"[PAD{len(tokens) + i}]" for i in range(missing)]
+    for key, filler in (("token_type", UNUSED), ("scores", -1e4)):
+        stored = metadata.get(f"tokenizer.ggml.{key}")
+        if stored is not None:
+            padded = np.pad(np.asarray(stored), (0, missing), constant_values=filler)
+            metadata[f"tokenizer.ggml.{key}"] = padded
+    return metadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,21 +278,21 @@ class _Tensors:
         config, value = self.checkpoint.config, self.checkpoint.read(name)
         if not isinstance(value, Ternary):
             require_finite(self._where(name), value)
-            codes, scale = WEIGHT_QUANTIZERS[config.weights](value, ())  # type: ignore[arg-type]
-            value = Ternary(np.asarray(codes, np.int8), np.asarray(scale, np.float32).reshape(()))
+            quantized = WEIGHT_QUANTIZERS[config.weights](jnp.asarray(value), ())
+            value = Ternary(np.asarray(quantized.codes, np.int8), np.asarray(quantized.scale[0, 0]))
         require_finite(f"{self._where(name)}'s scale", value.scale)
-        if self.architecture == "llama":
-            ordered = arch.interleaved(config, name, value.codes)
-            scale = value.scale
-            value = Ternary(ordered, arch.interleaved(config, name, scale) if scale.ndim else scale)
-        if value.scale.ndim and (value.scale == value.scale[0]).all():
-            value = Ternary(value.codes, value.scale[0])
-        if value.scale.ndim and (self._own_scale or self.kind == "I2_S"):
+        codes, scale = value.codes, np.asarray(value.scale)
+        if scale.ndim and (scale == scale[0]).all():
+            scale = scale[0]
+        if scale.ndim and (self._own_scale or self.kind == "I2_S"):
             raise ValueError(
                 f"{self._where(name)} has a scale for every row; {self.kind} in GGUF's "
                 f"{self.architecture} architecture has one for the matrix"
             )
-        return value
+        if self.architecture == "llama":
+            codes = arch.interleaved(config, name, codes)
+            scale = arch.interleaved(config, name, scale) if scale.ndim else scale
+        return Ternary(codes, np.asarray(scale, np.float32))
 
     def _scale_parts(self, name: str, form: str) -> Iterable[np.ndarray]:
         yield self.scales[name].reshape(1).astype("<f4")
