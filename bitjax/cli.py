@@ -320,17 +320,21 @@ def _eval(arguments: argparse.Namespace) -> None:
     from bitjax import terminal
     from bitjax.api import load
     from bitjax.config import DataConfig
-    from bitjax.evaluate import model_scorer, score_text
+    from bitjax.evaluate import model_scorer, score_text, tokens_of
     from bitjax.train.data import load_text, read_tokens
 
     model = load(arguments.model)
     window = arguments.window or model.config.max_seq_len
-    tokens, name = read_tokens(arguments.text)
+    text, name = read_tokens(arguments.text)
     if not arguments.text:
-        tokens, name = load_text(DataConfig()).valid, f"{name}, held-out tenth"
-    score = score_text(model_scorer(model), tokens, window, arguments.stride)
+        text, name = load_text(DataConfig()).valid, f"{name}, held-out tenth"
+    tokens, scored_bytes = tokens_of(model.tokenizer, text.tobytes(), name)
+    score = score_text(
+        model_scorer(model), tokens, window, arguments.stride, scored_bytes=scored_bytes
+    )
+    unit = "byte" if model.tokenizer.name == "bytes" else "token"
     terminal.table(
-        ("text", "bytes scored", "bits per byte", "perplexity per byte"),
+        ("text", f"{unit}s scored", "bits per byte", f"perplexity per {unit}"),
         [
             (
                 name,
