@@ -44,12 +44,12 @@ def transformer(params, config, tokens, int8_head=False):
         w = np.asarray(params[name + ".weight"], np.float64)[rows]
         if config["inner_norm"]:
             x = norm(x, name + ".norm")
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in config["float_layers"]):
+            return x @ w.T
         if config["linear_norm_eps"] is not None:
             scale = np.asarray(params[name + ".norm.scale"], np.float64)
             scale = scale if scale.ndim == 1 else scale[matrix]
             x = x / np.sqrt((x**2).mean(-1, keepdims=True) + config["linear_norm_eps"]) * scale
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in config["float_layers"]):
-            return x @ w.T
         if config["weights"] == "ternary":
             codes, scale = absmean_ternary(w)
             w = codes * np.float64(scale)

@@ -55,9 +55,9 @@ class BitLinear(nnx.Module):
     plain linear layer. Several matrices that read the same input are stacked as one, each with its
     own scale. With `config.inner_norm` an RMSNorm precedes the quantisation (2024 listing of "The
     Era of 1-bit LLMs: Training Tips, Code and FAQ", figure 3); with `config.linear_norm_eps` it is
-    one of its own for each stacked matrix (`use_rms_norm` of Hugging Face's BitNet layers). A
-    matrix that `config.float_layers` names has both quantisers "float"; the Transformer, which
-    knows the names, sets that.
+    one of its own for each stacked matrix (`use_rms_norm` of Hugging Face's BitNet layers). What
+    `config.float_layers` names has neither quantisers nor that norm; the Transformer, which knows
+    the names, takes them away.
 
     Args:
         in_features: K.

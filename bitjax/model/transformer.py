@@ -183,11 +183,13 @@ def layers_matching(model: Transformer, pattern: str) -> list[str]:
 
 
 def _keep_float(model: Transformer) -> None:
-    """Take the quantisers from the layers that `config.float_layers` names."""
+    """Take the quantisers, and norms of their own, from what `config.float_layers` names."""
     layers = dict(bit_linears(model))
     for pattern in model.config.float_layers:
         for name in layers_matching(model, pattern):
             layers[name].weights = layers[name].activations = "float"
+            if model.config.linear_norm_eps is not None:
+                layers[name].norm = None
 
 
 def abstract_model(config: ModelConfig, dtype: str = "float32") -> Transformer:

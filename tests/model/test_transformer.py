@@ -23,8 +23,12 @@ VARIANTS = {
     "llama-shaped": {"sub_norm": False, "tie_embeddings": False, "activation": "silu"},
     "inner norm": {"inner_norm": True, "sub_norm": False},
     "a norm for each matrix": {"linear_norm_eps": 1e-3, "sub_norm": False},
-    "and sub-norms": {"linear_norm_eps": 1e-3, "activations": "float"},
-    "float layers": {"float_layers": ("blocks.0.*.o", "*.gate_up")},
+    "and sub-norms": {
+        "linear_norm_eps": 1e-3,
+        "activations": "float",
+        "float_layers": ("*.gate_up",),
+    },
+    "float layers": {"float_layers": ("blocks.0.*.o", "*.gate_up"), "inner_norm": True},
     "linear rotary scaling": {"rope_scaling": RopeScaling("linear", 4.0)},
     # Wavelengths are 6, 135 and 2,917 positions: one kept, one interpolated, one slowed.
     "llama3 rotary scaling": {"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 256)},
