@@ -185,7 +185,7 @@ def _write_tensors(
         done += count
         on_bytes(done, total)
 
-    placed = {}
+    placed: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         many = f"model-{i:05}-of-{len(shards):05}.safetensors"
         file = many if len(shards) > 1 else "model.safetensors"
