@@ -10,8 +10,8 @@ from bitjax.interop.huggingface.target import Form, Target
 
 FORMS = {
     "packed": "ternary weights at two bits each, one scale a matrix (`autobitlinear`, offline)",
-    "masters": "bfloat16 master weights, made ternary when they are used (`autobitlinear`, online)",
-    "dense": "bfloat16 weights, used as they are",
+    "masters": "master weights, made ternary when they are used (`autobitlinear`, online)",
+    "dense": "weights used as they are",
 }
 
 

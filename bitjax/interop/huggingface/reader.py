@@ -35,6 +35,7 @@ from bitjax.interop.huggingface.names import (
 )
 from bitjax.interop.huggingface.settings import Settings, parse_settings
 from bitjax.interop.safetensors_files import StoredTensor, open_folder, read_json
+from bitjax.interop.tokenizers import read_huggingface_tokenizer
 
 FLOATS = ("F32", "F16", "BF16")
 # Tables that older versions of transformers stored although they are computed.
@@ -76,7 +77,8 @@ class _Folder:
             self.config = dataclasses.replace(self.config, weights="ternary")
 
     def checkpoint(self) -> Checkpoint:
-        return Checkpoint(str(self.path), self.config, self.read)
+        tokenizer = read_huggingface_tokenizer(self.path)
+        return Checkpoint(str(self.path), self.config, self.read, tokenizer)
 
     def read(self, name: str) -> np.ndarray | Ternary:
         """The tensor of a name in `tensor_shapes`."""

@@ -1,11 +1,11 @@
 """What a checkpoint becomes for transformers: its class, its config.json, and what cannot be said.
 
-    weights             activations  form      quantisation
+    weights             activations  form      quantisation    (float: bfloat16 or float32)
     ternary             int8         packed    autobitlinear, offline
-    ternary             int8         bfloat16  autobitlinear, online
+    ternary             int8         float     autobitlinear, online
     binary              int8         packed    autobitlinear, offline
-    float               float        bfloat16  none
-    ternary or binary   float        bfloat16  none; weights as they multiply
+    float               float        float     none
+    ternary or binary   float        float     none; weights as they multiply
 
 The class is BitNetForCausalLM with sub-norms and LlamaForCausalLM without. config.json is in the
 older spelling (`rope_theta`, `rope_scaling`, `torch_dtype`), which transformers 4 and 5 read alike,
@@ -18,12 +18,12 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from bitjax.config import ModelConfig, RopeScaling
+from bitjax.config import DType, ModelConfig, RopeScaling
 from bitjax.interop.checkpoint import Checkpoint, Ternary, tensor_shapes
 from bitjax.interop.huggingface.codes import ROWS_PER_BYTE
 from bitjax.interop.huggingface.names import BITNET, LLAMA, Family, is_matrix, layer_of, module_name
 
-Form = Literal["packed", "bfloat16"]
+Form = Literal["packed", "bfloat16", "float32"]
 Storing = Literal["packed", "masters", "dense"]
 
 
@@ -34,20 +34,25 @@ class Target:
     Attributes:
         family: of architecture and names.
         storing: of its matrices: packed codes, masters as they are, or the numbers that multiply.
+        dtype: of everything else.
         settings: the object of config.json.
     """
 
     family: Family
     storing: Storing
+    dtype: DType
     settings: dict[str, Any]
 
 
-def plan(checkpoint: Checkpoint, form: Form, bos: int | None, eos: tuple[int, ...]) -> Target:
+def plan(
+    checkpoint: Checkpoint, form: Form, dtype: DType, bos: int | None, eos: tuple[int, ...]
+) -> Target:
     """How to write a checkpoint for transformers.
 
     Args:
         checkpoint: the model.
         form: of its matrices.
+        dtype: of everything else.
         bos: the token that begins a text, if there is one.
         eos: the tokens that end one.
 
@@ -61,7 +66,9 @@ def plan(checkpoint: Checkpoint, form: Form, bos: int | None, eos: tuple[int, ..
         raise ValueError(f"{checkpoint.origin} cannot be written for transformers: {reason}")
     quantized = config.weights != "float" and config.activations == "int8"
     storing: Storing = "packed" if form == "packed" else "masters" if quantized else "dense"
-    return Target(family, storing, _settings(config, family, form if quantized else None, bos, eos))
+    settings = _settings(config, family, form if quantized else None)
+    settings |= {"torch_dtype": dtype, **token_ids(bos, eos)}
+    return Target(family, storing, dtype, settings)
 
 
 def _wrong_shape(config: ModelConfig, family: Family) -> str | None:
@@ -84,7 +91,7 @@ def _wrong_form(config: ModelConfig, form: Form) -> str | None:
         return f"it has no models of {kinds}"
     if config.linear_norm_eps is not None and not quantized:
         return f"it has no norm before every matrix in models of {kinds}"
-    if form == "bfloat16":
+    if form != "packed":
         if config.weights == "binary" and quantized:
             return "it would make a binary model's master weights ternary; the form packed fits"
         return None
@@ -107,7 +114,7 @@ def _unsaved(checkpoint: Checkpoint, form: Form) -> str | None:
         return None
     first = next(_quantized_matrices(config), None)
     if first is not None and isinstance(checkpoint.read(first), Ternary):
-        return "the form bfloat16 is of master weights, and these are ternary already; packed fits"
+        return f"the form {form} is of master weights, and these are ternary already; packed fits"
     return None
 
 
@@ -117,9 +124,7 @@ def _quantized_matrices(config: ModelConfig) -> Iterator[str]:
             yield name
 
 
-def _settings(
-    config: ModelConfig, family: Family, form: Form | None, bos: int | None, eos: tuple[int, ...]
-) -> dict[str, Any]:
+def _settings(config: ModelConfig, family: Family, form: Form | None) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_types[0],
@@ -139,8 +144,6 @@ def _settings(
         "attention_dropout": 0.0,
         "initializer_range": config.init_std,
         "use_cache": True,
-        "torch_dtype": "bfloat16",
-        **token_ids(bos, eos),
     }
     if family is LLAMA:
         settings |= {"head_dim": config.head_dim, "mlp_bias": False}

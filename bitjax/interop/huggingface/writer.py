@@ -1,8 +1,9 @@
 """Checkpoints out as Hugging Face folders that transformers loads; one tensor in memory at a time.
 
-Matrices are as the form says (`target`), packed scales and norms float32, everything else bfloat16.
-So packed codes and scales are those of the checkpoint to the bit, and master weights that are no
-bfloat16 numbers are rounded before they are quantised again.
+Matrices are as the form says (`target`), packed scales float32: codes and scales are those of the
+checkpoint to the bit. Everything else is of one dtype, for transformers 5.23 loads a packed folder
+in the dtype of its files and fails where they are mixed. In bfloat16, weights that are no bfloat16
+numbers are rounded; master weights before they are quantised again.
 
 The folder is written beside its place under another name, and moved there when it is complete.
 """
@@ -21,16 +22,21 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from bitjax.config import DType
 from bitjax.interop.checkpoint import Checkpoint, Ternary, tensor_shapes
 from bitjax.interop.huggingface.card import model_card
 from bitjax.interop.huggingface.codes import pack_codes, packed_shape
 from bitjax.interop.huggingface.names import is_matrix, layer_of, scale_name, tensor_name
 from bitjax.interop.huggingface.target import Form, Target, plan, token_ids
 from bitjax.interop.safetensors_files import NewTensor, write_safetensors
+from bitjax.interop.tokenizers import write_huggingface_tokenizer
 from bitjax.quant import WEIGHT_QUANTIZERS, require_finite
+from bitjax.text import TextTokenizer
+from bitjax.tokenizer import ByteTokenizer
 
 SHARD_BYTES = 5_000_000_000  # of a file; hubs take more, but downloads of less restart sooner
-BFLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+FLOAT32 = np.dtype(np.float32)
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 CHUNK_ROWS = 4096  # converted together
 
 
@@ -40,6 +46,7 @@ def write_huggingface(
     form: Form = "packed",
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    rest: DType = "bfloat16",
     on_bytes: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Write a folder for transformers.
@@ -47,21 +54,23 @@ def write_huggingface(
     Args:
         folder: to be.
         checkpoint: the model.
-        form: "packed" (two bits a weight) or "bfloat16" (master weights, or those of a
-            full-precision model).
+        form: "packed" (two bits a weight), or "bfloat16" or "float32" (master weights, or those
+            of a full-precision model).
         overwrite: replace the folder if there is one.
         shard_bytes: of a safetensors file; a larger tensor has a file of its own.
+        rest: dtype of what is not packed, in the packed form.
         on_bytes: told how many bytes of tensors are written, and of how many.
 
     Raises:
         ValueError: transformers has no such model, said before anything is written; a folder that
             is there already; weights that are not finite; or the folder cannot be written.
     """
-    if form not in ("packed", "bfloat16"):
-        raise ValueError(f"form={form!r} is not packed or bfloat16")
+    if form not in ("packed", "bfloat16", "float32"):
+        raise ValueError(f"form={form!r} is not packed, bfloat16 or float32")
     tokenizer = checkpoint.tokenizer
-    bos, eos = getattr(tokenizer, "bos", None), tuple(getattr(tokenizer, "stop", ()))
-    target = plan(checkpoint, form, bos, eos)
+    bos = tokenizer.special.bos if isinstance(tokenizer, TextTokenizer) else None
+    eos = () if tokenizer is None else tokenizer.stop
+    target = plan(checkpoint, form, rest if form == "packed" else form, bos, eos)
     require_replaceable(folder, overwrite)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -73,6 +82,8 @@ def write_huggingface(
             _write_json(temporary / "config.json", target.settings)
             generation = {"_from_model_config": True, **token_ids(bos, eos)}
             _write_json(temporary / "generation_config.json", generation)
+            if isinstance(tokenizer, TextTokenizer | ByteTokenizer):
+                write_huggingface_tokenizer(temporary, tokenizer)
             (temporary / "README.md").write_text(model_card(folder.name, checkpoint, target, form))
             _move(temporary, folder)
         finally:
@@ -108,17 +119,19 @@ def _tensors(checkpoint: Checkpoint, target: Target) -> Iterator[NewTensor]:
             yield from _packed(checkpoint, name, stored, scale_name(name, family), shape)
             continue
         dense = quantized and target.storing == "dense" and config.weights != "float"
-        parts = functools.partial(_converted, checkpoint, name, dense)
-        yield NewTensor(stored, BFLOAT16 if len(shape) == 2 else FLOAT32, shape, parts)
+        dtype = np.dtype(DTYPES[target.dtype])
+        parts = functools.partial(_converted, checkpoint, name, dtype, dense)
+        yield NewTensor(stored, dtype, shape, parts)
 
 
-def _converted(checkpoint: Checkpoint, name: str, dense: bool) -> Iterator[np.ndarray]:
+def _converted(
+    checkpoint: Checkpoint, name: str, dtype: np.dtype, dense: bool
+) -> Iterator[np.ndarray]:
     """A tensor as floats, some rows at a time; `dense`: of a ternary matrix."""
     value: np.ndarray | Ternary = _ternary(checkpoint, name) if dense else checkpoint.read(name)
     if isinstance(value, Ternary) and not dense:
         raise ValueError(f"{checkpoint.origin}: {name} is ternary already; wanted floats")
     values = value.codes if isinstance(value, Ternary) else value
-    dtype = BFLOAT16 if values.ndim == 2 else FLOAT32
     for i in range(0, len(values), CHUNK_ROWS):
         part = values[i : i + CHUNK_ROWS]
         if isinstance(value, Ternary):
