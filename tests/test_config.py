@@ -31,9 +31,9 @@ UNUSUAL = RunConfig(
     ModelConfig(
         vocab_size=300, hidden_size=24, intermediate_size=40, num_layers=3, num_heads=6,
         num_kv_heads=2, head_dim=8, max_seq_len=77, activation="silu", sub_norm=False,
-        inner_norm=True, float_layers=("blocks.0.*", "*.down"), tie_embeddings=False, rope_theta=5e5,
-        rope_scaling=RopeScaling("llama3", 8.0, 1.5, 3.0, 4096), norm_eps=1e-6, weights="binary",
-        activations="float", init_std=0.1,
+        inner_norm=True, float_layers=("blocks.0.*", "*.down"), tie_embeddings=False,
+        rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, 1.5, 3.0, 4096), norm_eps=1e-6,
+        weights="binary", activations="float", init_std=0.1,
     ),
     DataConfig(text="a/ä \"quoted\" b.txt", valid_fraction=0.25),
     OptimizerConfig(
@@ -59,9 +59,7 @@ def part(config, section):
 def test_unusual_covers_every_field():
     for section in SECTIONS:
         for field in dataclasses.fields(part(RunConfig(), section)):
-            values = {
-                getattr(part(c, section), field.name) for c in (RunConfig(), UNUSUAL, NORMS)
-            }
+            values = {getattr(part(c, section), field.name) for c in (RunConfig(), UNUSUAL, NORMS)}
             assert len(values) == 2, f"{section}.{field.name}"
 
 
@@ -119,10 +117,14 @@ def test_json_errors(text, message):
         ({"train": 5}, "train is not an object of settings: 5"),
         ({"train": None}, "train is not an object of settings: None"),
         ({"model": {"hidden_size": "64"}}, "model.hidden_size='64' is not of type int"),
-        ({"model": {"rope_scaling": {"kind": "yarn"}}},
-         "rope_scaling.kind='yarn' is not one of none, linear, llama3$"),
-        ({"model": {"rope_scaling": {"base": 1}}},
-         "unknown setting model.rope_scaling.base; model.rope_scaling has kind, factor,"),
+        (
+            {"model": {"rope_scaling": {"kind": "yarn"}}},
+            "rope_scaling.kind='yarn' is not one of none, linear, llama3$",
+        ),
+        (
+            {"model": {"rope_scaling": {"base": 1}}},
+            "unknown setting model.rope_scaling.base; model.rope_scaling has kind, factor,",
+        ),
         ({"model": {"rope_scaling": 8}}, "model.rope_scaling is not an object of settings: 8"),
         ({"model": {"float_layers": [1]}}, r"model.float_layers=\(1,\) is not a list of strings"),
         ({"model": {"float_layers": "*"}}, r"model.float_layers='\*' is not a list of strings"),
@@ -249,8 +251,11 @@ def test_full_precision_twin_changes_nothing_but_the_quantisers():
         ("model.inner_norm=True", "model", {"inner_norm": True}),
         ("model.weights=binary", "model", {"weights": "binary"}),
         ("model.linear_norm_eps=1e-6", "model", {"linear_norm_eps": 1e-6}),
-        ("model.float_layers=blocks.0.*,*.down", "model",
-         {"float_layers": ("blocks.0.*", "*.down")}),
+        (
+            "model.float_layers=blocks.0.*,*.down",
+            "model",
+            {"float_layers": ("blocks.0.*", "*.down")},
+        ),
         ("model.float_layers=", "model", {"float_layers": ()}),
         ("model.rope_scaling.factor=8", "model", {"rope_scaling": RopeScaling(factor=8.0)}),
         ("train.compute_dtype=bfloat16", "train", {"compute_dtype": "bfloat16"}),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
 from typing import Literal
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from bitjax.config import ModelConfig
-from bitjax.model import Transformer, bit_linears
+from bitjax.model import Transformer, bit_linears, layers_matching
 from bitjax.packing import (
     DITHER_CODE,
     GROUP,
@@ -44,7 +43,7 @@ def pack_model(
     columns: bool = False,
     layer_layouts: LayerLayouts = (),
 ) -> Transformer:
-    """A copy of a trained model whose linear layers hold packed weights.
+    """A copy of a trained model whose linear layers hold packed weights, but for float layers.
 
     Codes and scales come from the quantiser of the training-time forward pass.
 
@@ -74,6 +73,8 @@ def pack_model(
         weight = layer.weight.get_value()
         if isinstance(weight, PackedWeights):
             raise ValueError(f"{name} is packed already")
+        if layer.weights == "float":
+            continue
         require_finite(name, weight)
         codes, scale = WEIGHT_QUANTIZERS[kind](weight, layer.segments)
         scales = np.asarray(scale).reshape(-1)
@@ -122,12 +123,7 @@ def layouts_by_layer(
         if wanted not in ("ternary2", "ternary1.6"):
             raise ValueError(f"layout={wanted!r} is not ternary2 or ternary1.6")
     for pattern, wanted in layer_layouts:
-        matched = [name for name in layouts if fnmatchcase(name, pattern)]
-        if not matched:
-            raise ValueError(
-                f"no linear layer matches {pattern!r}; they are {', '.join(list(layouts)[:4])}, ..."
-            )
-        layouts |= dict.fromkeys(matched, wanted)
+        layouts |= dict.fromkeys(layers_matching(model, pattern), wanted)
     return layouts
 
 
