@@ -18,6 +18,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar
 
 WeightQuantizer = Literal["ternary", "binary", "float"]
@@ -105,6 +106,10 @@ class ModelConfig:
             self.head_dim % 2 == 0,
             f"model.head_dim={self.head_dim} is odd; rotary embedding needs it even",
         )
+
+    def is_float_layer(self, name: str) -> bool:
+        """Whether `float_layers` names a linear layer, e.g. `blocks.0.attention.qkv`."""
+        return any(fnmatchcase(name, pattern) for pattern in self.float_layers)
 
     def full_precision_twin(self) -> ModelConfig:
         """The same shape with float weights and activations."""

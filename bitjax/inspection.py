@@ -61,8 +61,8 @@ def layer_rows(model: Transformer) -> list[tuple[str, ...]]:
         shape = " x ".join(map(str, weight.shape))
         if isinstance(weight, PackedWeights):
             held, codes, scale = str(weight.layout), np.asarray(unpack(weight)), weight.scale
-        elif model.config.weights in WEIGHT_QUANTIZERS:
-            quantized = WEIGHT_QUANTIZERS[model.config.weights](weight, layer.segments)
+        elif layer.weights in WEIGHT_QUANTIZERS:
+            quantized = WEIGHT_QUANTIZERS[layer.weights](weight, layer.segments)
             held, codes, scale = str(weight.dtype), np.asarray(quantized.codes), quantized.scale
         else:
             rows.append((name, shape, str(weight.dtype), "", "", "", ""))

@@ -7,7 +7,7 @@ apart (`tensor_shapes`):
     blocks.<i>.attention.{q,k,v,o}    blocks.<i>.ffn.{gate,up,down}       [rows, cols]
     blocks.<i>.attention_norm, blocks.<i>.ffn_norm    [D]
     blocks.<i>.attention.sub_norm [H * h]    blocks.<i>.ffn.sub_norm [F]
-    <matrix>.norm [cols]        with `linear_norm_eps`
+    <matrix>.norm [cols]        with `inner_norm`, or `linear_norm_eps` if no float layer
 
 Rows of q and k are in half-split rotary order (dimension i turns with i + h/2), as in Hugging Face
 files. Scales multiply: weight = code * scale.
@@ -22,6 +22,10 @@ import numpy as np
 
 from bitjax.config import ModelConfig
 from bitjax.tokenizer import Tokenizer
+
+# The linear layers of the model that are several matrices, stacked in this order.
+STACKED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+LAYER_OF = {part: layer for layer, parts in STACKED.items() for part in parts}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +74,8 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     def matrices(parent: str, parts: dict[str, tuple[int, int]]) -> None:
         for part, shape in parts.items():
             shapes[f"{parent}.{part}"] = shape
-            if config.inner_norm or config.linear_norm_eps is not None:
+            quantized = not config.is_float_layer(f"{parent}.{LAYER_OF.get(part, part)}")
+            if config.inner_norm or (config.linear_norm_eps is not None and quantized):
                 shapes[f"{parent}.{part}.norm"] = (shape[1],)
 
     for i in range(config.num_layers):
