@@ -268,7 +268,7 @@ class Stream:
         self._created = time.perf_counter()
         self._first = self._last = self._created
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> IteratorToClose[str, None, None]:
         with contextlib.closing(self._tokens):
             for tokens_B in self._tokens:
                 self._last = time.perf_counter()

@@ -15,7 +15,7 @@ from bitjax.infer import Generator, SamplingParams, pack_model
 from bitjax.infer.generator import PREFILL_TOKENS, _prefills, padded_length
 from bitjax.infer.programs import Program
 from bitjax.infer.writer import TextWriter
-from bitjax.tokenizer import ByteTokenizer
+from bitjax.tokenizer import BYTES, ByteTokenizer
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=14)
 LIMIT = 32
@@ -248,7 +248,7 @@ class Script(nnx.Module):
     def __init__(self, text):
         raw = text.encode() if isinstance(text, str) else text
         self.config = tiny_config(max_seq_len=SCRIPT_LIMIT, hidden_size=256)
-        self.dtype = jnp.dtype("float32")
+        self.dtype, self.tokenizer = jnp.dtype("float32"), BYTES
         self.script = nnx.Param(jnp.asarray(list(raw.ljust(SCRIPT_LIMIT, b".")), jnp.int32))
 
     def empty_cache(self, batch, length, dtype=None):
