@@ -13,6 +13,7 @@ from bitjax.model import Transformer, bit_linears
 from bitjax.model.files import tensor_table
 from bitjax.packing import PackedWeights, unpack
 from bitjax.quant import WEIGHT_QUANTIZERS
+from bitjax.tokenizer import Tokenizer
 
 
 def inspect(path: Path) -> None:
@@ -24,7 +25,7 @@ def inspect(path: Path) -> None:
     model = load(path)
     terminal.table(
         ("setting", "value"),
-        [(key, value) for key, value in dataclasses.asdict(model.config).items()],
+        [*dataclasses.asdict(model.config).items(), ("tokenizer", tokenizer_line(model.tokenizer))],
         title=str(path),
     )
     terminal.table(
@@ -46,6 +47,12 @@ def inspect(path: Path) -> None:
         )
 
 
+def tokenizer_line(tokenizer: Tokenizer) -> str:
+    """Kind, size and what it has."""
+    chat = ", chat template" if tokenizer.chat_template else ""
+    return f"{tokenizer.name}: {tokenizer.vocab_size:,} tokens{chat}"
+
+
 def layer_rows(model: Transformer) -> list[tuple[str, ...]]:
     """One row per linear layer: shape, storage, fraction of each code, scale."""
     rows: list[tuple[str, ...]] = []
@@ -54,8 +61,8 @@ def layer_rows(model: Transformer) -> list[tuple[str, ...]]:
         shape = " x ".join(map(str, weight.shape))
         if isinstance(weight, PackedWeights):
             held, codes, scale = str(weight.layout), np.asarray(unpack(weight)), weight.scale
-        elif model.config.weights in WEIGHT_QUANTIZERS:
-            quantized = WEIGHT_QUANTIZERS[model.config.weights](weight, layer.segments)
+        elif layer.weights in WEIGHT_QUANTIZERS:
+            quantized = WEIGHT_QUANTIZERS[layer.weights](weight, layer.segments)
             held, codes, scale = str(weight.dtype), np.asarray(quantized.codes), quantized.scale
         else:
             rows.append((name, shape, str(weight.dtype), "", "", "", ""))
