@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bitjax import __version__
 
 if TYPE_CHECKING:
+    from bitjax.infer import SamplingParams
     from bitjax.packing import LayoutName
 
 _LAYOUTS: dict[str, LayoutName] = {"2": "ternary2", "1.6": "ternary1.6"}  # of --bits
@@ -105,6 +106,29 @@ def _parser() -> argparse.ArgumentParser:
             f"(default: {default or 'that of the activations'})",
         )
 
+    def sampling_arguments(added: argparse.ArgumentParser, max_new_tokens: int) -> None:
+        added.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N")
+        added.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+        added.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps all")
+        added.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 keeps all")
+        added.add_argument("--min-p", type=float, default=0.0, metavar="P", help="0 keeps all")
+        added.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R")
+        added.add_argument("--seed", type=int, default=0)
+        added.add_argument(
+            "--stop",
+            action="append",
+            default=[],
+            metavar="TEXT",
+            help="end at this text; repeatable",
+        )
+        added.add_argument(
+            "--impl",
+            choices=("auto", "ffi", "reference"),
+            default="auto",
+            help="custom calls, or pure JAX (default: auto)",
+        )
+        cache_argument(added, default=None)
+
     demo = command(
         "demo",
         _demo,
@@ -172,23 +196,24 @@ def _parser() -> argparse.ArgumentParser:
     generate = command("generate", _generate, "continue a prompt, streaming")
     model_argument(generate)
     generate.add_argument("--prompt", default="\n", help="text to continue (default: a new line)")
-    generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    generate.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
-    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps all")
-    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 keeps all")
-    generate.add_argument("--min-p", type=float, default=0.0, metavar="P", help="0 keeps all")
-    generate.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R")
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeatable"
+    sampling_arguments(generate, max_new_tokens=256)
+
+    chat = command(
+        "chat",
+        _chat,
+        "talk with a model",
+        "Reads messages from a pipe too, one a line, and prints the answers alone.",
     )
-    generate.add_argument(
-        "--impl",
-        choices=("auto", "ffi", "reference"),
-        default="auto",
-        help="custom calls, or pure JAX (default: auto)",
+    model_argument(chat)
+    chat.add_argument("--system", default="", metavar="TEXT", help="the system prompt")
+    chat.add_argument(
+        "--template",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="a chat template in Jinja (default: the model's own)",
     )
-    cache_argument(generate, default=None)
+    sampling_arguments(chat, max_new_tokens=1024)
 
     convert = command(
         "convert",
@@ -320,17 +345,21 @@ def _eval(arguments: argparse.Namespace) -> None:
     from bitjax import terminal
     from bitjax.api import load
     from bitjax.config import DataConfig
-    from bitjax.evaluate import model_scorer, score_text
+    from bitjax.evaluate import model_scorer, score_text, tokens_of
     from bitjax.train.data import load_text, read_tokens
 
     model = load(arguments.model)
     window = arguments.window or model.config.max_seq_len
-    tokens, name = read_tokens(arguments.text)
+    text, name = read_tokens(arguments.text)
     if not arguments.text:
-        tokens, name = load_text(DataConfig()).valid, f"{name}, held-out tenth"
-    score = score_text(model_scorer(model), tokens, window, arguments.stride)
+        text, name = load_text(DataConfig()).valid, f"{name}, held-out tenth"
+    tokens, scored_bytes = tokens_of(model.tokenizer, text.tobytes(), name)
+    score = score_text(
+        model_scorer(model), tokens, window, arguments.stride, scored_bytes=scored_bytes
+    )
+    unit = "byte" if model.tokenizer.name == "bytes" else "token"
     terminal.table(
-        ("text", "bytes scored", "bits per byte", "perplexity per byte"),
+        ("text", f"{unit}s scored", "bits per byte", f"perplexity per {unit}"),
         [
             (
                 name,
@@ -345,9 +374,32 @@ def _eval(arguments: argparse.Namespace) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from bitjax.api import load
     from bitjax.demo import stream_text
-    from bitjax.infer import Generator, SamplingParams
+    from bitjax.infer import Generator
 
-    params = SamplingParams(
+    generator = Generator(load(arguments.model, arguments.impl), arguments.cache)
+    stream_text(generator, arguments.prompt, _sampling(arguments))
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    from bitjax.api import load
+    from bitjax.chat import ChatFormat, Conversation
+    from bitjax.chat.terminal import run_chat
+    from bitjax.infer import Generator
+
+    params = _sampling(arguments)
+    template = None
+    if arguments.template is not None:
+        template = arguments.template.read_text(encoding="utf-8")
+    model = load(arguments.model, arguments.impl)
+    form = ChatFormat(model.tokenizer, model.config, template)
+    conversation = Conversation(form, model.config.max_seq_len, arguments.system)
+    run_chat(Generator(model, arguments.cache), conversation, params)
+
+
+def _sampling(arguments: argparse.Namespace) -> SamplingParams:
+    from bitjax.infer import SamplingParams
+
+    return SamplingParams(
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
@@ -357,8 +409,6 @@ def _generate(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         stop=tuple(arguments.stop),
     )
-    generator = Generator(load(arguments.model, arguments.impl), arguments.cache)
-    stream_text(generator, arguments.prompt, params)
 
 
 def _convert(arguments: argparse.Namespace) -> None:

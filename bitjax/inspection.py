@@ -13,6 +13,7 @@ from bitjax.model import Transformer, bit_linears
 from bitjax.model.files import tensor_table
 from bitjax.packing import PackedWeights, unpack
 from bitjax.quant import WEIGHT_QUANTIZERS
+from bitjax.tokenizer import Tokenizer
 
 
 def inspect(path: Path) -> None:
@@ -24,7 +25,7 @@ def inspect(path: Path) -> None:
     model = load(path)
     terminal.table(
         ("setting", "value"),
-        [(key, value) for key, value in dataclasses.asdict(model.config).items()],
+        [*dataclasses.asdict(model.config).items(), ("tokenizer", tokenizer_line(model.tokenizer))],
         title=str(path),
     )
     terminal.table(
@@ -44,6 +45,12 @@ def inspect(path: Path) -> None:
             f"{terminal.size(path.stat().st_size)}; linear layers: {weights:,} weights, "
             f"{8 * stored / weights:.2f} bits each"
         )
+
+
+def tokenizer_line(tokenizer: Tokenizer) -> str:
+    """Kind, size and what it has."""
+    chat = ", chat template" if tokenizer.chat_template else ""
+    return f"{tokenizer.name}: {tokenizer.vocab_size:,} tokens{chat}"
 
 
 def layer_rows(model: Transformer) -> list[tuple[str, ...]]:

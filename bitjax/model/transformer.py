@@ -27,6 +27,7 @@ from bitjax.config import CacheDType, ModelConfig
 from bitjax.model.attention import Attention, KVCache
 from bitjax.model.layers import BitLinear, FeedForward, RMSNorm
 from bitjax.packing import PackedWeights, Screen, packed_rows
+from bitjax.tokenizer import BYTES, Tokenizer
 
 Cache = tuple[KVCache, ...]  # one per layer
 
@@ -72,6 +73,7 @@ class Transformer(nnx.Module):
 
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.tokenizer: Tokenizer = BYTES  # of its tokens; the model itself needs none
         self.impl: ops.Impl = "auto"  # of a packed head's product
         self.embedding = nnx.Param(table())
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])

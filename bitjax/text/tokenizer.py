@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 T = TypeVar("T")
+MAX_STOP = 64
+MAX_TEMPLATE = 1 << 17  # characters; the longest known, with tools, have some 20,000
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -58,6 +60,9 @@ class Specials:
         add_bos: whether `encode` puts `bos` first.
         chat_template: in Jinja; None without one.
         pre: GGUF's name of the way text is cut into words, if known.
+
+    Raises:
+        ValueError: a value of the wrong type, or too long.
     """
 
     bos: int | None = None
@@ -65,6 +70,19 @@ class Specials:
     add_bos: bool = False
     chat_template: str | None = None
     pre: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.stop, tuple) or len(self.stop) > MAX_STOP:
+            raise ValueError(f"stop={self.stop!r:.60} is not a list of up to {MAX_STOP} tokens")
+        ids = self.stop if self.bos is None else (self.bos, *self.stop)
+        if not all(type(token) is int and token >= 0 for token in ids):
+            raise ValueError(f"bos={self.bos!r:.40} and stop={self.stop!r:.60} are not tokens")
+        if not isinstance(self.add_bos, bool) or (self.add_bos and self.bos is None):
+            raise ValueError(f"add_bos={self.add_bos!r:.40} with bos={self.bos!r:.40}")
+        for name, most in (("chat_template", MAX_TEMPLATE), ("pre", 64)):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and len(value) <= most):
+                raise ValueError(f"{name}={value!r:.40} is no text of up to {most:,} characters")
 
 
 class TextTokenizer:
@@ -74,6 +92,7 @@ class TextTokenizer:
         json: of the `tokenizers` library, or what reads it.
         special: see `Specials`.
         where: names the source in messages.
+        size: number of tokens, where it is known without the JSON; checked when that is read.
     """
 
     name = "text"
@@ -83,8 +102,10 @@ class TextTokenizer:
         json: str | bytes | Callable[[], bytes],
         special: Specials | None = None,
         where: str = "tokenizer",
+        size: int | None = None,
     ) -> None:
         self._json = json
+        self._size = size
         self.special = special or Specials()
         self.where = where
         self._lock = threading.Lock()
@@ -114,14 +135,14 @@ class TextTokenizer:
         for token in (special.bos, *special.stop):
             if token is not None and not 0 <= token < size:
                 raise ValueError(f"{self.where}: special token {token} is not in 0..{size - 1}")
-        if special.add_bos and special.bos is None:
-            raise ValueError(f"{self.where}: texts shall begin with a bos token, but there is none")
+        if self._size not in (None, size):
+            raise ValueError(f"{self.where} has {size} tokens; {self._size} were announced")
         return found
 
     @functools.cached_property
     def vocab_size(self) -> int:
         """Number of tokens."""
-        return documents.size(self.where, self.document)
+        return self._size or documents.size(self.where, self.document)
 
     @property
     def stop(self) -> tuple[int, ...]:
