@@ -61,10 +61,7 @@ def pack_model(
             that are not finite, or as `layouts_by_layer`.
     """
     kind = model.config.weights
-    if kind not in WEIGHT_QUANTIZERS:
-        raise ValueError(
-            f"this model has {kind} weights; only {' and '.join(WEIGHT_QUANTIZERS)} can be packed"
-        )
+    require_packable("this model", model.config)
     if columns:
         require_zeros(model.config)
     layouts = layouts_by_layer(model, layout, layer_layouts)
@@ -90,6 +87,19 @@ def pack_model(
         pieces = (head_VxD[i : i + SCREEN_ROWS] for i in range(0, len(head_VxD), SCREEN_ROWS))
         packed.screen = nnx.Param(make_screen(pieces))
     return packed
+
+
+def require_packable(what: str, config: ModelConfig) -> None:
+    """Refuse a full-precision model.
+
+    Raises:
+        ValueError: `what` has float weights.
+    """
+    if config.weights not in WEIGHT_QUANTIZERS:
+        raise ValueError(
+            f"{what} has {config.weights} weights; only {' and '.join(WEIGHT_QUANTIZERS)} can be "
+            "packed"
+        )
 
 
 def require_zeros(config: ModelConfig) -> None:

@@ -129,7 +129,7 @@ class BitLinear(nnx.Module):
 
     def _packed(self, x: jax.Array, weight: PackedWeights) -> jax.Array:
         if self.activations == "float":
-            return reference.dequantized_matmul(x, weight)
+            return ops.dequantized_matmul(x, weight, self.impl)
         return ops.packed_matmul(x, weight, impl=self.impl)
 
     def _fake_quantized(self, x: jax.Array, w_NxK: jax.Array, segments: Segments) -> jax.Array:
