@@ -139,7 +139,8 @@ def outcome(path):
             value = checkpoint.read(name)
             assert tuple(value.shape) == shape, name
     except ValueError as error:
-        assert str(path) in str(error), f"no file named: {error}"
+        if str(path) not in str(error):
+            raise AssertionError(f"no file named: {error}") from error
         return str(error)
     return "read"
 

@@ -1,4 +1,4 @@
-"""Block types of GGUF: bytes worked out by hand, and the `gguf` package's NumPy code bit for bit."""
+"""Block types of GGUF: bytes worked out by hand, and the `gguf` package bit for bit."""
 
 import numpy as np
 import pytest

@@ -118,7 +118,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == before
     write(good=True, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["file.gguf"]
-    with pytest.raises(ValueError, match="cannot write .*: No such file or directory"):
+    with pytest.raises(ValueError, match=r"cannot write .*: No such file or directory"):
         write_container(tmp_path / "missing" / "file", {}, [])
     with pytest.raises(ValueError, match="metadata a=18446744073709551616 fits no integer"):
         write_container(tmp_path / "other", {"a": 2**64}, [])
@@ -160,7 +160,7 @@ HUGE = 2**63
         (assemble([], [info("t", (1,) * 5, 0)], DATA), "tensor 't' has 5 dimensions"),
         (assemble([], [info("t", (2, 0), 0)], DATA), r"tensor 't' has shape \[2, 0\]"),
         (assemble([], [info("t", (2, 3), 0, kind=99)], DATA), "tensor 't' is of ggml type 99"),
-        (assemble([], [info("t", (2, 33), 0, kind=2)], DATA), "Q4_0 needs rows of a multiple of 32"),
+        (assemble([], [info("t", (2, 33), 0, kind=2)], DATA), "Q4_0 needs rows of a multiple"),
         (assemble([], [info("t", (HUGE, HUGE), 0)], DATA), "tensor 't' takes bytes 96 to"),
         (assemble([], [TENSOR], DATA[:-1]), "tensor 't' takes bytes 96 to 120 of 119"),
         (assemble([], [info("t", (2, 3), HUGE)], DATA), "tensor 't' takes bytes 9223372036854775"),
@@ -200,9 +200,9 @@ def test_no_more_metadata_than_the_limits(tmp_path, monkeypatch):
 
 
 def test_not_a_file(tmp_path):
-    with pytest.raises(ValueError, match="cannot read .*: Is a directory"):
+    with pytest.raises(ValueError, match=r"cannot read .*: Is a directory"):
         open_container(tmp_path)
-    with pytest.raises(ValueError, match="cannot read .*: No such file"):
+    with pytest.raises(ValueError, match=r"cannot read .*: No such file"):
         open_container(tmp_path / "missing")
 
 
