@@ -43,13 +43,7 @@ NASTY = (
     31,
     36,
     255,
-    2**16,
-    2**31 - 1,
-    2**31,
-    2**32 - 1,
-    2**62,
-    2**63,
-    2**64 - 1,
+    *(2**n - k for n in (16, 31, 32, 62, 63, 64) for k in (0, 1)),
 )
 SIZES = {"D": 256, "F": 256, "H": 256, "G": 128, "blocks": 1}
 SETTINGS = {"embedding_length": 256, "feed_forward_length": 256, "block_count": 1}
@@ -117,7 +111,7 @@ def mutated(raw, seed):
         elif kind == 2:
             data[at : at + 4] = struct.pack("<I", rng.choice(NASTY) % 2**32)
         elif kind == 3:
-            data[at : at + 8] = struct.pack("<Q", rng.choice(NASTY))
+            data[at : at + 8] = struct.pack("<Q", rng.choice(NASTY) % 2**64)
         elif kind == 4:
             del data[at : at + rng.choice((1, 4, 8, 64, 4096))]
         elif kind == 5:

@@ -74,5 +74,5 @@ def test_only_whole_groups(tmp_path):
     with pytest.raises(ValueError, match="i2s_group=32 is not one of"):
         read(tmp_path, raw, i2s_group=32)
     raw, _ = file_of(64, trained=False, entries=[entry("bitjax.i2s_group", U32, 32)])
-    with pytest.raises(ValueError, match="bitjax.i2s_group=32 is not known"):
+    with pytest.raises(ValueError, match=r"bitjax.i2s_group=32 is not known"):
         read(tmp_path, raw)

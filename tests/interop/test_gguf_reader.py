@@ -287,7 +287,7 @@ def test_float_matrices_of_ternary_values(tmp_path, architecture, per_row):
 
 
 def test_float_layers(tmp_path):
-    codes, stored = ternary_parts("TQ2_0", architecture="llama")
+    _, stored = ternary_parts("TQ2_0", architecture="llama")
     for name in ("blk.0.ffn_down", "blk.1.attn_q", "blk.1.attn_k", "blk.1.attn_v"):
         del stored[f"{name}.weight"]
     tensors = model_tensors(**WIDE)
