@@ -1,6 +1,6 @@
 """Models of the Hugging Face Hub by name: `owner/name`, `owner/name@revision`, `owner/name:file`.
 
-A folder is downloaded with its safetensors, JSON and tokenizer files, a GGUF file alone by its name.
+A folder is downloaded with its safetensors, JSON and tokenizer files, a GGUF file by itself.
 Nothing else is: no pickles, no code. What was downloaded before is used without the network.
 """
 
