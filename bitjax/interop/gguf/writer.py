@@ -95,11 +95,9 @@ def gguf_notes(config: ModelConfig, kind: Kind) -> list[str]:
     check_gguf(config, kind)
     notes = []
     if architecture_of(config) == "bitnet-b1.58":
-        notes.append(
-            "runs in bitnet.cpp and ik_llama.cpp only: llama.cpp's bitnet graph has no ReLU^2"
-        )
+        notes.append("runs in bitnet.cpp; llama.cpp cannot, its bitnet graph has no ReLU^2")
     elif kind == "I2_S":
-        notes.append("runs in bitnet.cpp and ik_llama.cpp only: llama.cpp has no I2_S")
+        notes.append("runs in bitnet.cpp; llama.cpp cannot, it has no I2_S")
     if config.weights == "float":
         return notes
     if kind == "I2_S":
