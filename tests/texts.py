@@ -1,5 +1,7 @@
 """Texts that tokenizers stumble over, files from outside, and small vocabularies."""
 
+# ruff: noqa: RUF001
+
 import functools
 import importlib.util
 import os
@@ -16,8 +18,10 @@ EDGES = [
     "", " ", "  ", "a", " a", "a ", "\n", "\n\n", " \n", "\n ", "\r\n\r\n", "\t\tx\t", "a\u00a0b",
     "I'll we'VE they'd'nt 'S 's''s don't DON'T", "0 00 000 0000 00000 1234567890 3.14e-10",
     "x=y+z;//?!...!!\n\n\n  if (a<b) {\r\n\treturn `c`~^|$%&*@#;\n}", "ﬁ ½ ² Ⅷ ١٢٣ १२३ ①",
-    "naïve café e\u0301 a\u0308\u0323 Ünïcödé ſ ß İ ı", "漢字かな交じり文 한국어 中文，标点。", "ภาษาไทย हिन्दी বাংলা",
-    "عربي עברית \u202babc\u202c", "👩‍👩‍👧‍👦 🇪🇺 👍🏽 😀😀", "\u200b\u200d\u2060\ufeff \u2028 \u2029 \x85 \u3000",
+    "naïve café e\u0301 a\u0308\u0323 Ünïcödé ſ ß İ ı", "漢字かな交じり文 한국어 中文，标点。",
+    "ภาษาไทย हिन्दी বাংলা",
+    "عربي עברית \u202babc\u202c", "👩‍👩‍👧‍👦 🇪🇺 👍🏽 😀😀",
+    "\u200b\u200d\u2060\ufeff \u2028 \u2029 \x85 \u3000",
     "\x00\x01\x1f\x7f\x80\x9f\ufffd\ufffe\uffff\U0010ffff", " " * 100 + "x" + "\n" * 50 + "\t" * 9,
     "a" * 300, "ab" * 200, "▁ ▁▁a b▁c", "<s> </s> <unk> <0x41> <|endoftext|> [INST] <|eot_id|>",
     "https://example.com/a?b=c&d=%20#e", "ÀÀÀÀ àÀà", "“quoted” ‘x’ — – …", "\ue000\uf8ff 𝒳𝔘 𐍈",
