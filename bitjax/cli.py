@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, Diverged, ModuleNotFoundError, OSError) as error:
-        print(f"bitjax: {error}", file=sys.stderr)
+        from bitjax.terminal import printable
+
+        print(f"bitjax: {printable(str(error))}", file=sys.stderr)
         return 1
     return 0
 

@@ -185,6 +185,8 @@ class TextTokenizer:
         with self._lock:
             backend.encode_special_tokens = not control
             ids = self._guarded(lambda: backend.encode(text, add_special_tokens=False).ids)
+        if self._spelled and not control:
+            ids = [part for token in ids for part in self._spelled.get(token, (token,))]
         first = self.special.bos
         if first is not None and (self.special.add_bos if bos is None else bos):
             ids = [first, *ids]
@@ -235,6 +237,24 @@ class TextTokenizer:
             return piece.encode()
         byte = _BYTE_PIECE.fullmatch(piece)
         return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE, " ").encode()
+
+    @functools.cached_property
+    def _spelled(self) -> dict[int, list[int]]:
+        """Control tokens of a Unigram model, which finds them in any text, by their letters."""
+        model = self.document["model"]
+        if model.get("type") != "Unigram":
+            return {}
+        unknown, backend = model.get("unk_id"), self._backend
+
+        def letters(name: str) -> Iterable[int]:
+            for letter in name:
+                token = backend.token_to_id(letter)
+                raw = [backend.token_to_id(f"<0x{byte:02X}>") for byte in letter.encode()]
+                known = [token] if token is not None else raw
+                yield from (unknown if part is None else part for part in known)
+
+        return {token: [part for part in letters(name) if part is not None]
+                for name, token in self.control.items() if token != unknown}  # fmt: skip
 
     @functools.cached_property
     def _decoded(self) -> documents.Decoded:

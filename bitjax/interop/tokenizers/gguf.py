@@ -43,7 +43,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _QWEN2_WORDS = LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
 _FALCON_PUNCTUATION = r"[\p{P}\$\+<=>\^~\|`]+"
 # name -> expressions, whether whole words that are pieces stay whole, whether bos is the default
-_WORDS: dict[str, tuple[tuple[str, ...], bool, bool]] = {
+WORDS: dict[str, tuple[tuple[str, ...], bool, bool]] = {
     "gpt-2": ((GPT2_WORDS,), False, False),
     "llama-bpe": ((LLAMA3_WORDS,), True, True),
     "smollm": ((r"\p{N}", GPT2_WORDS), False, False),
@@ -66,7 +66,7 @@ _ALIASES = {
     "qwen2": ("deepseek-r1-qwen", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2"),
     "dbrx": ("smaug-bpe", "glm4", "chatglm-bpe"),
 }  # fmt: skip
-PRE_NAMES = {name: name for name in _WORDS} | {
+PRE_NAMES = {name: name for name in WORDS} | {
     alias: name for name, aliases in _ALIASES.items() for alias in aliases
 }
 
@@ -112,7 +112,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], where: str = "GGUF") -> Tex
                 f"{where}: tokenizer.ggml.pre is {pre!r:.40}, a way to cut text into words that is "
                 f"not known here; known are {', '.join(sorted(PRE_NAMES))}"
             )
-        words, whole_words, bos_default = _WORDS[PRE_NAMES[pre]]
+        words, whole_words, bos_default = WORDS[PRE_NAMES[pre]]
         merges = _merges(where, entries.strings("tokenizer.ggml.merges"))
         document = byte_level(vocabulary, merges, added, words, whole_words)
     else:
@@ -313,13 +313,13 @@ def _pre_of(tokenizer: TextTokenizer) -> str:
     whole = bool(tokenizer.document["model"].get("ignore_merges"))
     names = [tokenizer.special.pre] if tokenizer.special.pre in PRE_NAMES else []
     cut = tokenizer.words(_PROBE)
-    for name in itertools.chain(names, _WORDS):
-        words, whole_words, _ = _WORDS[PRE_NAMES[name]]
+    for name in itertools.chain(names, WORDS):
+        words, whole_words, _ = WORDS[PRE_NAMES[name]]
         if whole_words == whole and _words(words) == cut:
             return name
     raise ValueError(
         f"{tokenizer.where} cuts text into words in a way that has no name in GGUF; known are "
-        f"{', '.join(sorted(_WORDS))}"
+        f"{', '.join(sorted(WORDS))}"
     )
 
 

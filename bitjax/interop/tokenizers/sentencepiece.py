@@ -10,6 +10,11 @@
 
 Source: sentencepiece_model.proto of github.com/google/sentencepiece. Read here rather than by the
 protobuf library, which would be a dependency for three messages.
+
+Where a model maps characters (`precompiled_charsmap`; Llama 2's does not), the tokenizers library
+looks at what a person sees as one character, sentencepiece at the longest match: a carriage return
+before a new line, or a letter with marks that do not combine, may come out differently. Where there
+are user-defined pieces, spaces at both ends of a text are not removed.
 """
 
 from __future__ import annotations
@@ -36,7 +41,6 @@ from bitjax.text.document import MAX_TOKENS
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _UNIGRAM, _BPE = 1, 2
-_NEVER = -1.0e9  # log probability of pieces that text is never cut into
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +76,16 @@ def tokenizer_from_sentencepiece(raw: bytes, where: str = "sentencepiece model")
             None if unknown is None else pieces[unknown].text, fallback,
         )  # fmt: skip
     elif kind == _UNIGRAM:
-        cut = [(p.text, p.score if p.kind in (NORMAL, BYTE) else _NEVER) for p in pieces]
-        model = unigram_model(cut, unknown, fallback)
+        model = unigram_model(((p.text, p.score) for p in pieces), unknown, fallback)
     else:
         raise ValueError(f"{where}: the model type is {kind}; supported are Unigram and BPE")
     if not normalizer.get(5, 1):
         raise ValueError(f"{where} keeps spaces as they are, which is not supported")
+    parts = any(piece.kind == USER_DEFINED for piece in pieces)  # of a text, between such pieces
     document = sentencepiece(
-        model, added, bool(normalizer.get(3, 1)), _normalizers(normalizer),
+        model, added, bool(normalizer.get(3, 1)), _normalizers(normalizer, trim=not parts),
         # A space at the beginning would hide the one that is put there.
-        once=bool(normalizer.get(4, 1)) and any(p.kind == USER_DEFINED for p in pieces),
+        once=parts and bool(normalizer.get(4, 1)),
     )  # fmt: skip
 
     def token(field: int, default: int) -> int | None:
@@ -97,13 +101,13 @@ def tokenizer_from_sentencepiece(raw: bytes, where: str = "sentencepiece model")
     )  # fmt: skip
 
 
-def _normalizers(spec: dict[int, Any]) -> list[dict[str, Any]]:
+def _normalizers(spec: dict[int, Any], trim: bool) -> list[dict[str, Any]]:
     steps: list[dict[str, Any]] = []
     if spec.get(2):
         charsmap = base64.b64encode(spec[2]).decode()
         steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
     if spec.get(4, 1):  # spaces at both ends, and all but one elsewhere
-        for pattern, content in ((r"\A +| +\z", ""), (" {2,}", " ")):
+        for pattern, content in ((r"\A +| +\z", ""), (" {2,}", " "))[not trim :]:
             steps.append({"type": "Replace", "pattern": {"Regex": pattern}, "content": content})
     return steps
 
