@@ -10,8 +10,13 @@ PACKAGE = ROOT / "bitjax"
 
 # Each room may import the rooms of earlier lines, and its own.
 LAYERS = [
+<<<<<<< HEAD
     {"config", "quant", "packing", "tokenizer"},
     {"ops", "presets", "text"},
+=======
+    {"allocator", "config", "quant", "packing", "tokenizer"},
+    {"ops", "presets"},
+>>>>>>> main
     {"model"},
     {"train", "infer", "evaluate"},
     {"interop"},

