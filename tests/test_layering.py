@@ -10,13 +10,8 @@ PACKAGE = ROOT / "bitjax"
 
 # Each room may import the rooms of earlier lines, and its own.
 LAYERS = [
-<<<<<<< HEAD
-    {"config", "quant", "packing", "tokenizer"},
-    {"ops", "presets", "text"},
-=======
     {"allocator", "config", "quant", "packing", "tokenizer"},
-    {"ops", "presets"},
->>>>>>> main
+    {"ops", "presets", "text"},
     {"model"},
     {"train", "infer", "evaluate"},
     {"interop"},
