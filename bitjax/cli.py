@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bitjax import __version__
 
 if TYPE_CHECKING:
+    from bitjax.infer import SamplingParams
     from bitjax.packing import LayoutName
 
 _LAYOUTS: dict[str, LayoutName] = {"2": "ternary2", "1.6": "ternary1.6"}  # of --bits
@@ -42,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, Diverged, ModuleNotFoundError, OSError) as error:
-        print(f"bitjax: {error}", file=sys.stderr)
+        from bitjax.terminal import printable
+
+        print(f"bitjax: {printable(str(error))}", file=sys.stderr)
         return 1
     return 0
 
@@ -66,9 +69,22 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     def model_argument(added: argparse.ArgumentParser) -> None:
-        added.add_argument("model", type=Path, help="a model file, or a run directory")
+        added.add_argument(
+            "model",
+            help="a model file, a run directory, a Hugging Face folder, a GGUF file, or the name "
+            "of a model on the Hugging Face Hub (owner/name)",
+        )
 
-    def packing_arguments(added: argparse.ArgumentParser, bits: str, tables: str) -> None:
+    def i2s_argument(added: argparse.ArgumentParser) -> None:
+        added.add_argument(
+            "--i2s-group",
+            type=int,
+            choices=(128, 64, 4),
+            help="values in a group of a GGUF file's I2_S matrices, where neither the file nor its "
+            "values tell: 128 as built for x86, 64 for Arm, 4 for four rows to a byte",
+        )
+
+    def packing_arguments(added: argparse.ArgumentParser, bits: str, tables: str | None) -> None:
         added.add_argument(
             "--bits",
             choices=tuple(_LAYOUTS),
@@ -88,8 +104,9 @@ def _parser() -> argparse.ArgumentParser:
             "--tables",
             choices=("float32", "bfloat16", "int8", "int4", "screened"),
             default=tables,
-            help="number format of a packed file's embedding and head; screened is bfloat16 with a "
-            f"4-bit screen of the head, exact and nearly as fast as int4 (default: {tables})",
+            help="number format of embedding and head; screened is bfloat16 with a 4-bit screen of "
+            "the head, exact and nearly as fast as int4 (default: "
+            f"{tables or 'float32, in GGUF float16, for Hugging Face bfloat16'})",
         )
         added.add_argument(
             "--columns",
@@ -106,6 +123,29 @@ def _parser() -> argparse.ArgumentParser:
             help="number format of cached keys and values "
             f"(default: {default or 'that of the activations'})",
         )
+
+    def sampling_arguments(added: argparse.ArgumentParser, max_new_tokens: int) -> None:
+        added.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N")
+        added.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+        added.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps all")
+        added.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 keeps all")
+        added.add_argument("--min-p", type=float, default=0.0, metavar="P", help="0 keeps all")
+        added.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R")
+        added.add_argument("--seed", type=int, default=0)
+        added.add_argument(
+            "--stop",
+            action="append",
+            default=[],
+            metavar="TEXT",
+            help="end at this text; repeatable",
+        )
+        added.add_argument(
+            "--impl",
+            choices=("auto", "ffi", "reference"),
+            default="auto",
+            help="custom calls, or pure JAX (default: auto)",
+        )
+        cache_argument(added, default=None)
 
     demo = command(
         "demo",
@@ -174,39 +214,61 @@ def _parser() -> argparse.ArgumentParser:
     generate = command("generate", _generate, "continue a prompt, streaming")
     model_argument(generate)
     generate.add_argument("--prompt", default="\n", help="text to continue (default: a new line)")
-    generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    generate.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
-    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps all")
-    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 keeps all")
-    generate.add_argument("--min-p", type=float, default=0.0, metavar="P", help="0 keeps all")
-    generate.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R")
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeatable"
+    sampling_arguments(generate, max_new_tokens=256)
+
+    chat = command(
+        "chat",
+        _chat,
+        "talk with a model",
+        "Reads messages from a pipe too, one a line, and prints the answers alone.",
     )
-    generate.add_argument(
-        "--impl",
-        choices=("auto", "ffi", "reference"),
-        default="auto",
-        help="custom calls, or pure JAX (default: auto)",
+    model_argument(chat)
+    chat.add_argument("--system", default="", metavar="TEXT", help="the system prompt")
+    chat.add_argument(
+        "--template",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="a chat template in Jinja (default: the model's own)",
     )
-    cache_argument(generate, default=None)
+    sampling_arguments(chat, max_new_tokens=1024)
 
     convert = command(
         "convert",
         _convert,
-        "write a run's model as a file, packed to 2 or 1.6 bits a weight or in float",
+        "write a model in another format: packed, in float, for transformers or llama.cpp",
+        "One tensor is in memory at a time.",
     )
     model_argument(convert)
-    convert.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    convert.add_argument("-o", "--output", type=Path, required=True, metavar="PATH")
     convert.add_argument(
-        "--float", action="store_true", dest="as_float", help="keep float32 weights"
+        "--to",
+        choices=("bitjax", "hf", "hf-bf16", "gguf-tq2_0", "gguf-tq1_0", "gguf-i2_s", "gguf-f16"),
+        help="the format: a model file of bitjax, a Hugging Face folder (packed, or bfloat16 "
+        "master weights), or GGUF (default: gguf-tq2_0 for PATH.gguf, or gguf-f16 if the model is "
+        "float, else bitjax)",
     )
-    packing_arguments(convert, bits="2", tables="float32")
-    convert.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+    convert.add_argument(
+        "--quantize",
+        choices=("ternary",),
+        help="quantise a full-precision model after its training, with int8 activations; it was "
+        "not made for that and gets much worse",
+    )
+    convert.add_argument(
+        "--activations",
+        choices=("int8",),
+        help="quantise the activations of a model with ternary weights alone (TriLM)",
+    )
+    i2s_argument(convert)
+    convert.add_argument(
+        "--float", action="store_true", dest="as_float", help="a model file of float weights"
+    )
+    packing_arguments(convert, bits="2", tables=None)
+    convert.add_argument("--overwrite", action="store_true", help="replace PATH if it exists")
 
-    inspect = command("inspect", _inspect, "show what a model file or a run directory holds")
+    inspect = command("inspect", _inspect, "show what a model holds: tensors, types, scales, zeros")
     model_argument(inspect)
+    i2s_argument(inspect)
 
     dummy = command(
         "dummy",
@@ -319,17 +381,21 @@ def _eval(arguments: argparse.Namespace) -> None:
     from bitjax import terminal
     from bitjax.api import load
     from bitjax.config import DataConfig
-    from bitjax.evaluate import model_scorer, score_text
+    from bitjax.evaluate import model_scorer, score_text, tokens_of
     from bitjax.train.data import load_text, read_tokens
 
     model = load(arguments.model)
     window = arguments.window or model.config.max_seq_len
-    tokens, name = read_tokens(arguments.text)
+    text, name = read_tokens(arguments.text)
     if not arguments.text:
-        tokens, name = load_text(DataConfig()).valid, f"{name}, held-out tenth"
-    score = score_text(model_scorer(model), tokens, window, arguments.stride)
+        text, name = load_text(DataConfig()).valid, f"{name}, held-out tenth"
+    tokens, scored_bytes = tokens_of(model.tokenizer, text.tobytes(), name)
+    score = score_text(
+        model_scorer(model), tokens, window, arguments.stride, scored_bytes=scored_bytes
+    )
+    unit = "byte" if model.tokenizer.name == "bytes" else "token"
     terminal.table(
-        ("text", "bytes scored", "bits per byte", "perplexity per byte"),
+        ("text", f"{unit}s scored", "bits per byte", f"perplexity per {unit}"),
         [
             (
                 name,
@@ -344,9 +410,32 @@ def _eval(arguments: argparse.Namespace) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from bitjax.api import load
     from bitjax.demo import stream_text
-    from bitjax.infer import Generator, SamplingParams
+    from bitjax.infer import Generator
 
-    params = SamplingParams(
+    generator = Generator(load(arguments.model, arguments.impl), arguments.cache)
+    stream_text(generator, arguments.prompt, _sampling(arguments))
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    from bitjax.api import load
+    from bitjax.chat import ChatFormat, Conversation
+    from bitjax.chat.terminal import run_chat
+    from bitjax.infer import Generator
+
+    params = _sampling(arguments)
+    template = None
+    if arguments.template is not None:
+        template = arguments.template.read_text(encoding="utf-8")
+    model = load(arguments.model, arguments.impl)
+    form = ChatFormat(model.tokenizer, model.config, template)
+    conversation = Conversation(form, model.config.max_seq_len, arguments.system)
+    run_chat(Generator(model, arguments.cache), conversation, params)
+
+
+def _sampling(arguments: argparse.Namespace) -> SamplingParams:
+    from bitjax.infer import SamplingParams
+
+    return SamplingParams(
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
@@ -356,33 +445,23 @@ def _generate(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         stop=tuple(arguments.stop),
     )
-    generator = Generator(load(arguments.model, arguments.impl), arguments.cache)
-    stream_text(generator, arguments.prompt, params)
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from bitjax import terminal
-    from bitjax.api import load
-    from bitjax.infer import pack_model
-    from bitjax.model.files import save_model
+    from bitjax.conversion import Conversion, convert
 
-    _refuse_to_replace(arguments)
-    model = load(arguments.model)
-    if not arguments.as_float:
-        model = pack_model(
-            model, _layout(arguments), arguments.tables, arguments.columns,
-            _layer_layouts(arguments),
-        )  # fmt: skip
-    save_model(arguments.output, model)
-    terminal.console.print(
-        f"{arguments.output}: {terminal.size(arguments.output.stat().st_size)}", soft_wrap=True
-    )
+    wanted = Conversion(
+        arguments.to, arguments.quantize, arguments.activations == "int8", arguments.i2s_group,
+        arguments.as_float, _layout(arguments), arguments.tables, arguments.columns,
+        _layer_layouts(arguments), arguments.overwrite,
+    )  # fmt: skip
+    convert(arguments.model, arguments.output, wanted)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from bitjax.inspection import inspect
 
-    inspect(arguments.model)
+    inspect(arguments.model, arguments.i2s_group)
 
 
 def _dummy(arguments: argparse.Namespace) -> None:

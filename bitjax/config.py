@@ -18,6 +18,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar
 
 WeightQuantizer = Literal["ternary", "binary", "float"]
@@ -25,6 +26,33 @@ ActivationQuantizer = Literal["int8", "float"]
 DType = Literal["float32", "bfloat16"]
 CacheDType = Literal["float32", "bfloat16", "int8"]
 C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies `f` are slowed down for contexts longer than those first trained on.
+
+    linear: `f / factor`. llama3: as linear for wavelengths `2 pi / f` above `original_max_seq_len /
+    low_freq_factor`, unchanged below `original_max_seq_len / high_freq_factor`, interpolated
+    between ("The Llama 3 Herd of Models", arXiv 2407.21783; Llama 3.1's released code).
+    """
+
+    kind: Literal["none", "linear", "llama3"] = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_seq_len: int = 8192
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        _require_positive(
+            self, "factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"
+        )
+        _require(
+            self.low_freq_factor < self.high_freq_factor,
+            f"rope_scaling.low_freq_factor={self.low_freq_factor} is not below "
+            f"rope_scaling.high_freq_factor={self.high_freq_factor}",
+        )
 
 
 @dataclass(frozen=True)
@@ -42,8 +70,13 @@ class ModelConfig:
     activation: Literal["silu", "relu2"] = "relu2"  # gate of the FFN; relu2(x) = max(x, 0)^2
     sub_norm: bool = True  # SubLN: RMSNorm before the attention output and FFN down projections
     inner_norm: bool = False  # RMSNorm inside every BitLinear instead of the block's pre-norms
+    linear_norm_eps: float | None = None  # not None: RMSNorm of its own before every matrix (q, k,
+    # v, ... each), after the block's norms; transformers' use_rms_norm
+    float_layers: tuple[str, ...] = ()  # shell patterns of linear layers that stay float, both
+    # weights and activations: "blocks.0.*", "*.ffn.down"
     tie_embeddings: bool = True
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     norm_eps: float = 1e-5
     weights: WeightQuantizer = "ternary"  # every linear layer but the embedding and the head
     activations: ActivationQuantizer = "int8"  # inputs of those layers, per token
@@ -56,6 +89,15 @@ class ModelConfig:
             "num_kv_heads", "head_dim", "max_seq_len", "rope_theta", "norm_eps", "init_std",
         )  # fmt: skip
         _require(
+            self.linear_norm_eps is None or self.linear_norm_eps > 0,
+            f"model.linear_norm_eps={self.linear_norm_eps} must be above 0",
+        )
+        _require(
+            not self.inner_norm or self.linear_norm_eps is None,
+            "model.inner_norm and model.linear_norm_eps both put a norm before every matrix; "
+            "choose one",
+        )
+        _require(
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_heads={self.num_heads} is not a multiple of "
             f"model.num_kv_heads={self.num_kv_heads}",
@@ -64,6 +106,10 @@ class ModelConfig:
             self.head_dim % 2 == 0,
             f"model.head_dim={self.head_dim} is odd; rotary embedding needs it even",
         )
+
+    def is_float_layer(self, name: str) -> bool:
+        """Whether `float_layers` names a linear layer, e.g. `blocks.0.attention.qkv`."""
+        return any(fnmatchcase(name, pattern) for pattern in self.float_layers)
 
     def full_precision_twin(self) -> ModelConfig:
         """The same shape with float weights and activations."""
@@ -196,13 +242,13 @@ def from_dict(kind: type[C], data: Any, where: str = "") -> C:
     known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for key in data:
         _require(key in known, f"unknown setting {where}{key}; {name} has {', '.join(known)}")
-    values = {
-        key: from_dict(hints[key], value, f"{where}{key}.")
-        if dataclasses.is_dataclass(hints[key])
-        else value
-        for key, value in data.items()
-    }
-    return kind(**values)
+
+    def value_of(key: str, value: Any) -> Any:
+        if dataclasses.is_dataclass(hints[key]):
+            return from_dict(hints[key], value, f"{where}{key}.")
+        return tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+
+    return kind(**{key: value_of(key, value) for key, value in data.items()})
 
 
 def override(config: C, settings: Iterable[str]) -> C:
@@ -235,8 +281,14 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _section(config: Any) -> str:
+    """Name of a configuration's class as a section: OptimizerConfig -> optimizer."""
+    name = type(config).__name__.removesuffix("Config")
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).removeprefix("_")
+
+
 def _require_positive(config: Any, *names: str) -> None:
-    section = type(config).__name__.removesuffix("Config").lower()
+    section = _section(config)
     for name in names:
         value = getattr(config, name)
         _require(value > 0, f"{section}.{name}={value} must be above 0")
@@ -256,18 +308,22 @@ def _fits(value: Any, hint: Any) -> bool:
         return number and abs(value) <= sys.float_info.max
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if typing.get_origin(hint) is tuple:  # of strings
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     return isinstance(value, hint)
 
 
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return "a list of strings"
     return "None" if hint is type(None) else f"of type {hint.__name__}"
 
 
 def _check_fields(config: Any) -> None:
     """Raise ValueError for a field whose value is not of its declared type."""
-    section = type(config).__name__.removesuffix("Config").lower()
+    section = _section(config)
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         _require(
@@ -285,6 +341,8 @@ def _parse(path: str, text: str, hint: Any) -> Any:
             return text.lower() == "true"
         if option is str or (typing.get_origin(option) is Literal and _fits(text, option)):
             return text
+        if typing.get_origin(option) is tuple:
+            return tuple(filter(None, text.split(",")))
         if option in (int, float):
             try:
                 return option(text)

@@ -39,6 +39,7 @@ BLOCK_ROWS = 16
 LANE_BYTES = 4  # columns of one plane of a block
 BLOCK_BYTES = BLOCK_ROWS * LANE_BYTES
 COLUMN_BYTES = 64  # of a column in a tile
+ROWS_AT_ONCE = 1024  # packed together: a few megabytes of temporary values, whatever the matrix
 
 LayoutName = Literal["ternary2", "ternary1.6", "int4", "int8"]
 
@@ -200,7 +201,8 @@ def pack(
     w_NxK = np.asarray(w_NxK)
     if w_NxK.ndim != 2 or 0 in w_NxK.shape:
         raise ValueError(f"packed weights must be a non-empty matrix; got shape {w_NxK.shape}")
-    if not ((w_NxK >= about.low) & (w_NxK <= about.high) & (w_NxK == np.trunc(w_NxK))).all():
+    parts = (w_NxK[i : i + ROWS_AT_ONCE] for i in range(0, len(w_NxK), ROWS_AT_ONCE))
+    if not all(((w >= about.low) & (w <= about.high) & (w == np.trunc(w))).all() for w in parts):
         raise ValueError(f"{layout} weights must be integers from {about.low} to {about.high}")
     rows, cols = w_NxK.shape
     scale = np.asarray(scale, np.float32)
@@ -208,19 +210,30 @@ def pack(
         raise ValueError(f"scales must be one number or {rows}, one a row; got {scale.shape}")
     if not np.isfinite(scale).all():
         raise ValueError(f"the weight scale must be finite; got {scale}")
-    shape = packed_shape(layout, rows, cols)
-    padded = np.full((shape[0] * BLOCK_ROWS, shape[1] * about.block_cols), about.offset, np.uint8)
-    padded[:rows, :cols] = (w_NxK.astype(np.int16) + about.offset).astype(np.uint8)
-    digits = padded.reshape(shape[0], BLOCK_ROWS, shape[1], about.planes, LANE_BYTES)
-    digits = digits.transpose(0, 2, 1, 4, 3)  # row block, column block, row, j, plane
-    powers = np.array([about.base**s for s in range(about.planes)], np.uint8)
-    codes = (digits * powers).sum(-1, dtype=np.uint8).reshape(shape)
+    codes = np.empty(packed_shape(layout, rows, cols), np.uint8)
+    for first in range(0, rows, ROWS_AT_ONCE):
+        part = w_NxK[first : first + ROWS_AT_ONCE]
+        blocks = slice(first // BLOCK_ROWS, -(-(first + len(part)) // BLOCK_ROWS))
+        codes[blocks] = _pack_rows(part, layout)
     packed_multipliers = None
     if about.group_blocks:
         packed_multipliers = jnp.asarray(_pack_multipliers(rows, cols, multipliers))
     return PackedWeights(
         jnp.asarray(codes), jnp.asarray(scale), packed_multipliers, rows, cols, layout
     )
+
+
+def _pack_rows(w_NxK: np.ndarray, layout: LayoutName) -> np.ndarray:
+    """Codes of some rows of a matrix, padding included."""
+    about = LAYOUTS[layout]
+    rows, cols = w_NxK.shape
+    shape = packed_shape(layout, rows, cols)
+    padded = np.full((shape[0] * BLOCK_ROWS, shape[1] * about.block_cols), about.offset, np.uint8)
+    padded[:rows, :cols] = (w_NxK.astype(np.int16) + about.offset).astype(np.uint8)
+    digits = padded.reshape(shape[0], BLOCK_ROWS, shape[1], about.planes, LANE_BYTES)
+    digits = digits.transpose(0, 2, 1, 4, 3)  # row block, column block, row, j, plane
+    powers = np.array([about.base**s for s in range(about.planes)], np.uint8)
+    return (digits * powers).sum(-1, dtype=np.uint8).reshape(shape)
 
 
 def columns_shape(layout: LayoutName, rows: int, cols: int) -> tuple[int, int, int]:

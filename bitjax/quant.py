@@ -39,6 +39,7 @@ import numpy as np
 EPS = 1e-5
 # Largest number of int8 x {-1,0,1} products whose float32 sum is exact: 2**24 / 128.
 EXACT_FLOAT32_TERMS = 2**24 // 128
+ROWS_AT_ONCE = 1024  # of a matrix that is quantised in parts: a few megabytes of temporary values
 
 
 Segments = tuple[int, ...]  # rows of each of several tensors stacked as one matrix
@@ -77,7 +78,7 @@ def ternary(w_NxK: jax.Array, segments: Segments = ()) -> Quantized:
     w_NxK = w_NxK.astype(jnp.float32)
     scale = _absmean(w_NxK, segments)
     scaled = w_NxK * (1.0 / scale)
-    return Quantized(straight_through(scaled, jnp.clip(jnp.round(scaled), -1, 1)), scale)
+    return Quantized(straight_through(scaled, _ternary_codes(scaled)), scale)
 
 
 def binary(w_NxK: jax.Array, segments: Segments = ()) -> Quantized:
@@ -87,8 +88,37 @@ def binary(w_NxK: jax.Array, segments: Segments = ()) -> Quantized:
     """
     w_NxK = w_NxK.astype(jnp.float32)
     scale = _absmean(w_NxK, segments)
-    signs = jnp.where(w_NxK > _per_tensor_mean(w_NxK, segments), 1.0, -1.0)
+    signs = _signs(w_NxK, _per_tensor_mean(w_NxK, segments))
     return Quantized(straight_through(w_NxK * (1.0 / scale), signs), scale)
+
+
+def quantize_matrix(kind: str, w_NxK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One tensor as its quantiser has it, to the bit, in little more memory than its float32.
+
+    Args:
+        kind: a key of `WEIGHT_QUANTIZERS`.
+        w_NxK: of any float dtype.
+
+    Returns:
+        int8 codes `[N, K]` and a float32 scale `[]`.
+    """
+    w = jnp.asarray(w_NxK).astype(jnp.float32)
+    scale = _absmean(w, ())
+    mean = _per_tensor_mean(w, ()) if kind == "binary" else None
+    codes = np.empty(w.shape, np.int8)
+    for first in range(0, len(w), ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        part = w[rows]
+        codes[rows] = _ternary_codes(part * (1.0 / scale)) if mean is None else _signs(part, mean)
+    return codes, np.asarray(scale).reshape(())
+
+
+def _ternary_codes(scaled: jax.Array) -> jax.Array:
+    return jnp.clip(jnp.round(scaled), -1, 1)
+
+
+def _signs(w_NxK: jax.Array, mean: jax.Array) -> jax.Array:
+    return jnp.where(w_NxK > mean, 1.0, -1.0)
 
 
 def int8_per_token(x: jax.Array) -> Quantized:

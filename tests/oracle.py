@@ -1,5 +1,6 @@
 """Independent NumPy oracles, in float64 where the exact value is meant; nothing from bitjax."""
 
+import fnmatch
 import itertools
 
 import numpy as np
@@ -39,10 +40,16 @@ def transformer(params, config, tokens, int8_head=False):
         scale = np.asarray(params[name + ".scale"], np.float64)
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + config["norm_eps"]) * scale
 
-    def linear(x, name, rows=slice(None)):
+    def linear(x, name, rows=slice(None), matrix=0):
         w = np.asarray(params[name + ".weight"], np.float64)[rows]
         if config["inner_norm"]:
             x = norm(x, name + ".norm")
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in config["float_layers"]):
+            return x @ w.T
+        if config["linear_norm_eps"] is not None:
+            scale = np.asarray(params[name + ".norm.scale"], np.float64)
+            scale = scale if scale.ndim == 1 else scale[matrix]
+            x = x / np.sqrt((x**2).mean(-1, keepdims=True) + config["linear_norm_eps"]) * scale
         if config["weights"] == "ternary":
             codes, scale = absmean_ternary(w)
             w = codes * np.float64(scale)
@@ -53,9 +60,26 @@ def transformer(params, config, tokens, int8_head=False):
             x = codes * scale.astype(np.float64)
         return x @ w.T
 
+    def frequency(exponent):
+        f, scaling = config["rope_theta"] ** -exponent, config["rope_scaling"]
+        if scaling["kind"] == "none":
+            return f
+        if scaling["kind"] == "linear":
+            return f / scaling["factor"]
+        wavelength, context = 2 * np.pi / f, scaling["original_max_seq_len"]
+        longest, shortest = (context / scaling[f"{end}_freq_factor"] for end in ("low", "high"))
+        if wavelength > longest:
+            return f / scaling["factor"]
+        if wavelength < shortest:
+            return f
+        # Between, the share of f itself grows linearly with the turns made in the context.
+        turns, least, most = (context / w for w in (wavelength, longest, shortest))
+        share = (turns - least) / (most - least)
+        return (1 - share) * f / scaling["factor"] + share * f
+
     def rotate(x, position):  # [heads, size]
         half = size // 2
-        angle = position * config["rope_theta"] ** (-np.arange(half) / half)
+        angle = position * np.array([frequency(i / half) for i in range(half)])
         a, b = x[:, :half], x[:, half:]
         return np.concatenate(
             [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], axis=1
@@ -64,7 +88,8 @@ def transformer(params, config, tokens, int8_head=False):
     def attention(x, name):
         ends = np.cumsum([0, heads * size, groups * size, groups * size])
         queries, keys, values = (
-            linear(x, name + ".qkv", slice(a, b)) for a, b in itertools.pairwise(ends)
+            linear(x, name + ".qkv", slice(a, b), i)
+            for i, (a, b) in enumerate(itertools.pairwise(ends))
         )
         out = np.zeros((len(x), heads * size))
         for t in range(len(x)):
@@ -86,7 +111,7 @@ def transformer(params, config, tokens, int8_head=False):
         gate = gate / (1 + np.exp(-gate)) if config["activation"] == "silu" else np.maximum(
             gate, 0
         ) ** 2  # fmt: skip
-        hidden = gate * linear(x, name + ".gate_up", slice(half, None))
+        hidden = gate * linear(x, name + ".gate_up", slice(half, None), 1)
         return linear(norm(hidden, name + ".sub_norm") if config["sub_norm"] else hidden,
                       name + ".down")  # fmt: skip
 

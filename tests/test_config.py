@@ -10,6 +10,7 @@ from bitjax.config import (
     DataConfig,
     ModelConfig,
     OptimizerConfig,
+    RopeScaling,
     RunConfig,
     TrainConfig,
     from_dict,
@@ -23,14 +24,16 @@ SECTIONS = {
     "data": DataConfig,
     "optimizer": OptimizerConfig,
     "train": TrainConfig,
+    "rope_scaling": RopeScaling,
 }
 # Every field away from its default, so that a field lost on the way is noticed.
 UNUSUAL = RunConfig(
     ModelConfig(
         vocab_size=300, hidden_size=24, intermediate_size=40, num_layers=3, num_heads=6,
         num_kv_heads=2, head_dim=8, max_seq_len=77, activation="silu", sub_norm=False,
-        inner_norm=True, tie_embeddings=False, rope_theta=5e5, norm_eps=1e-6, weights="binary",
-        activations="float", init_std=0.1,
+        inner_norm=True, float_layers=("blocks.0.*", "*.down"), tie_embeddings=False,
+        rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, 1.5, 3.0, 4096), norm_eps=1e-6,
+        weights="binary", activations="float", init_std=0.1,
     ),
     DataConfig(text="a/ä \"quoted\" b.txt", valid_fraction=0.25),
     OptimizerConfig(
@@ -43,21 +46,36 @@ UNUSUAL = RunConfig(
         log_every=2, eval_every=0, checkpoint_every=3, keep_checkpoints=1,
     ),
 )  # fmt: skip
+# And the one that no configuration may have beside inner_norm.
+NORMS = dataclasses.replace(
+    UNUSUAL, model=dataclasses.replace(UNUSUAL.model, inner_norm=False, linear_norm_eps=1e-7)
+)
+
+
+def part(config, section):
+    return getattr(config.model if section == "rope_scaling" else config, section)
 
 
 def test_unusual_covers_every_field():
-    default = RunConfig()
     for section in SECTIONS:
-        for field in dataclasses.fields(getattr(default, section)):
-            values = (getattr(getattr(c, section), field.name) for c in (default, UNUSUAL))
-            assert len(set(values)) == 2, f"{section}.{field.name}"
+        for field in dataclasses.fields(part(RunConfig(), section)):
+            values = {getattr(part(c, section), field.name) for c in (RunConfig(), UNUSUAL, NORMS)}
+            assert len(values) == 2, f"{section}.{field.name}"
 
 
-@pytest.mark.parametrize("config", [RunConfig(), UNUSUAL, ModelConfig(), UNUSUAL.optimizer])
+def plain(value):
+    """What JSON makes of a configuration's fields."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+@pytest.mark.parametrize("config", [RunConfig(), UNUSUAL, NORMS, ModelConfig(), UNUSUAL.optimizer])
 def test_json_round_trip(config):
     text = to_json(config)
     assert from_json(type(config), text) == config
-    assert json.loads(text) == dataclasses.asdict(config)
+    assert hash(from_json(type(config), text)) == hash(config)
+    assert json.loads(text) == plain(dataclasses.asdict(config))
 
 
 def test_left_out_keys_take_defaults():
@@ -65,7 +83,7 @@ def test_left_out_keys_take_defaults():
     assert from_dict(RunConfig, {"train": {"steps": 3}}) == RunConfig(train=TrainConfig(steps=3))
 
 
-@pytest.mark.parametrize("config", [UNUSUAL, *(getattr(UNUSUAL, s) for s in SECTIONS)])
+@pytest.mark.parametrize("config", [UNUSUAL, *(part(UNUSUAL, s) for s in SECTIONS)])
 def test_frozen(config):
     field = dataclasses.fields(config)[0].name
     with pytest.raises(dataclasses.FrozenInstanceError, match=f"cannot assign to field '{field}'"):
@@ -99,6 +117,17 @@ def test_json_errors(text, message):
         ({"train": 5}, "train is not an object of settings: 5"),
         ({"train": None}, "train is not an object of settings: None"),
         ({"model": {"hidden_size": "64"}}, "model.hidden_size='64' is not of type int"),
+        (
+            {"model": {"rope_scaling": {"kind": "yarn"}}},
+            "rope_scaling.kind='yarn' is not one of none, linear, llama3$",
+        ),
+        (
+            {"model": {"rope_scaling": {"base": 1}}},
+            "unknown setting model.rope_scaling.base; model.rope_scaling has kind, factor,",
+        ),
+        ({"model": {"rope_scaling": 8}}, "model.rope_scaling is not an object of settings: 8"),
+        ({"model": {"float_layers": [1]}}, r"model.float_layers=\(1,\) is not a list of strings"),
+        ({"model": {"float_layers": "*"}}, r"model.float_layers='\*' is not a list of strings"),
     ],
 )
 def test_section_errors(data, message):
@@ -123,6 +152,9 @@ WRONG = {
     "WeightQuantizer": (("int4", None, []), "one of ternary, binary, float"),
     "ActivationQuantizer": (("int4", None), "one of int8, float"),
     'Literal["silu", "relu2"]': (("gelu", None), "one of silu, relu2"),
+    'Literal["none", "linear", "llama3"]': (("yarn", None), "one of none, linear, llama3"),
+    "RopeScaling": (({}, None, ModelConfig()), "of type RopeScaling"),
+    "tuple[str, ...]": (("*", None, ["*"], (1,), ("a", None)), "a list of strings"),
 }  # fmt: skip
 
 
@@ -146,6 +178,7 @@ def test_an_int_is_a_fine_float():
 POSITIVE = {
     "model": ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
               "num_kv_heads", "head_dim", "max_seq_len", "rope_theta", "norm_eps", "init_std"),
+    "rope_scaling": ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"),
     "optimizer": ("learning_rate", "eps", "clip_norm"),
     "train": ("steps", "batch_size", "seq_len", "accumulate", "log_every", "checkpoint_every",
               "keep_checkpoints"),
@@ -167,6 +200,12 @@ def test_positive(section, field, value):
         (ModelConfig, {"num_heads": 2, "num_kv_heads": 4},
          "model.num_heads=2 is not a multiple of model.num_kv_heads=4"),
         (ModelConfig, {"head_dim": 7}, "model.head_dim=7 is odd; rotary embedding needs it even"),
+        (ModelConfig, {"linear_norm_eps": 0}, "model.linear_norm_eps=0 must be above 0"),
+        (ModelConfig, {"linear_norm_eps": 1e-6, "inner_norm": True},
+         "model.inner_norm and model.linear_norm_eps both put a norm before every matrix; choose "
+         "one"),
+        (RopeScaling, {"low_freq_factor": 4.0},
+         "rope_scaling.low_freq_factor=4.0 is not below rope_scaling.high_freq_factor=4.0"),
         (DataConfig, {"valid_fraction": 0}, "data.valid_fraction=0 is not between 0 and 1"),
         (DataConfig, {"valid_fraction": 1.0}, "data.valid_fraction=1.0 is not between 0 and 1"),
         (OptimizerConfig, {"stage_two_learning_rate": -1e-3},
@@ -211,6 +250,14 @@ def test_full_precision_twin_changes_nothing_but_the_quantisers():
         ("model.sub_norm=false", "model", {"sub_norm": False}),
         ("model.inner_norm=True", "model", {"inner_norm": True}),
         ("model.weights=binary", "model", {"weights": "binary"}),
+        ("model.linear_norm_eps=1e-6", "model", {"linear_norm_eps": 1e-6}),
+        (
+            "model.float_layers=blocks.0.*,*.down",
+            "model",
+            {"float_layers": ("blocks.0.*", "*.down")},
+        ),
+        ("model.float_layers=", "model", {"float_layers": ()}),
+        ("model.rope_scaling.factor=8", "model", {"rope_scaling": RopeScaling(factor=8.0)}),
         ("train.compute_dtype=bfloat16", "train", {"compute_dtype": "bfloat16"}),
         ("data.text=5", "data", {"text": "5"}),
         ("data.text=none", "data", {"text": "none"}),

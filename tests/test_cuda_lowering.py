@@ -38,13 +38,11 @@ def test_packed_prefill_and_decode(tables):
     generator = Generator(pack_model(tiny_model(), tables=tables))
     products = 4  # the layers are alike: lowered once
     head = int(tables != "float32")
-    cache = generator._empty.shapes(1, 16)
+    cache = generator.empty.shapes(1, 16)
     arguments = (np.zeros((1, 16), np.int32), np.array([3], np.int32), np.int32(0))
-    check(generator._fill.jitted.trace(cache, generator._leaves, *arguments), products)
+    check(generator._fill.jitted.trace(cache, generator.leaves, *arguments), products)
     drawn, state, settings = generator._start([[1, 2]], [SamplingParams(top_k=3)], Program.shapes)
-    check(
-        generator._decode.jitted.trace(generator._leaves, state, drawn, settings), products + head
-    )
+    check(generator.decode.jitted.trace(generator.leaves, state, drawn, settings), products + head)
 
 
 def check(traced, products):

@@ -11,12 +11,13 @@ PACKAGE = ROOT / "bitjax"
 # Each room may import the rooms of earlier lines, and its own.
 LAYERS = [
     {"allocator", "config", "quant", "packing", "tokenizer"},
-    {"ops", "presets"},
+    {"ops", "presets", "text"},
     {"model"},
     {"train", "infer", "evaluate"},
+    {"interop"},
     {"api", "recipe"},
     {"terminal"},
-    {"demo", "inspection", "bench"},
+    {"demo", "inspection", "conversion", "bench", "chat"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

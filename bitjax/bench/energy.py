@@ -69,17 +69,19 @@ def modelled_joules(model: Transformer, context: int, quantized: bool = True) ->
         quantized: as the model is; False for the same shape all in float16.
     """
     config = model.config
-    ternary = quantized and config.weights != "float" and config.activations != "float"
-    shapes: list[tuple[int, int]] = [
-        layer.weight.get_value().shape for _, layer in bit_linears(model)
-    ]
+    shapes: list[tuple[bool, tuple[int, int]]] = [
+        (quantized and "float" not in (layer.weights, layer.activations),
+         layer.weight.get_value().shape)
+        for _, layer in bit_linears(model)
+    ]  # fmt: skip
     table = next(p for p in (model.screen, model.head, model.embedding) if p is not None)
     head_int8 = quantized and isinstance(table.get_value(), PackedWeights | Screen)
     head = (config.vocab_size, config.hidden_size)
     width = config.num_layers * config.num_heads * config.head_dim
     return {
         "layers": sum(
-            _ternary(N, K) if ternary else _product(N, K, ADD16, MUL16) for N, K in shapes
+            _ternary(N, K) if ternary else _product(N, K, ADD16, MUL16)
+            for ternary, (N, K) in shapes
         ),
         "attention": 2 * context * width * (ADD16 + MUL16),
         "head": _product(*head, ADD8, MUL8) if head_int8 else _product(*head, ADD16, MUL16),

@@ -1,5 +1,5 @@
 """Evaluation of models through a scoring function."""
 
-from bitjax.evaluate.perplexity import Scorer, TextScore, model_scorer, score_text
+from bitjax.evaluate.perplexity import Scorer, TextScore, model_scorer, score_text, tokens_of
 
-__all__ = ["Scorer", "TextScore", "model_scorer", "score_text"]
+__all__ = ["Scorer", "TextScore", "model_scorer", "score_text", "tokens_of"]

@@ -5,9 +5,10 @@ predictions that start every `stride` tokens; a window scores only the predictio
 window has, so each of them (beyond the first window) has at least `seq_len - stride` tokens of
 context.
 
-    nats per token  m = mean of -log p        perplexity = exp(m)        bits per byte = m / ln 2
+    nats per token  m = mean of -log p        perplexity = exp(m)
+    bits per byte   m / ln 2 * tokens / bytes that they stand for
 
-(bits per byte: for byte tokens). The standard error treats the mean of each window as one sample.
+The standard error treats the mean of each window as one sample.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 from flax import nnx
 
 from bitjax.model import Transformer
+from bitjax.tokenizer import ByteTokenizer, Tokenizer
 
 # int32 [B, T + 1] tokens -> float [B, T] negative log-likelihoods in nats of tokens 1..T
 Scorer = Callable[[np.ndarray], np.ndarray]
@@ -35,21 +37,23 @@ class TextScore:
         nats_per_token: mean negative log-likelihood.
         standard_error: of `nats_per_token`, over windows.
         tokens: scored.
+        bytes: of text that they stand for.
     """
 
     nats_per_token: float
     standard_error: float
     tokens: int
+    bytes: int
 
     @property
     def bits_per_byte(self) -> float:
-        """For byte tokens."""
-        return self.nats_per_token / math.log(2)
+        """What the text costs, whatever its tokens."""
+        return self.nats_per_token / math.log(2) * self.tokens / self.bytes
 
     @property
     def bits_per_byte_error(self) -> float:
         """Standard error of `bits_per_byte`."""
-        return self.standard_error / math.log(2)
+        return self.standard_error / math.log(2) * self.tokens / self.bytes
 
     @property
     def perplexity(self) -> float:
@@ -61,7 +65,12 @@ class TextScore:
 
 
 def score_text(
-    scorer: Scorer, tokens: np.ndarray, seq_len: int, stride: int | None = None, batch: int = 16
+    scorer: Scorer,
+    tokens: np.ndarray,
+    seq_len: int,
+    stride: int | None = None,
+    batch: int = 16,
+    scored_bytes: int | None = None,
 ) -> TextScore:
     """Score all of `tokens` but the first.
 
@@ -71,6 +80,7 @@ def score_text(
         seq_len: predictions in a window.
         stride: predictions between the starts of windows, 1..seq_len; default half of seq_len.
         batch: windows scored together.
+        scored_bytes: of all tokens but the first; by default a byte each.
 
     Raises:
         ValueError: too few tokens, or a stride or batch out of range.
@@ -101,7 +111,31 @@ def score_text(
     deviations = np.array(sums) - mean * np.array(counts)
     n = len(sums)
     error = math.sqrt((deviations**2).sum() * n / max(1, n - 1)) / sum(counts)
-    return TextScore(float(mean), error if n > 1 else math.nan, sum(counts))
+    size = predictions if scored_bytes is None else scored_bytes
+    return TextScore(float(mean), error if n > 1 else math.nan, predictions, size)
+
+
+def tokens_of(tokenizer: Tokenizer, raw: bytes, name: str) -> tuple[np.ndarray, int]:
+    """Tokens of a text, and the bytes that all of them but the first stand for.
+
+    Args:
+        tokenizer: any.
+        raw: the text; UTF-8 but for byte tokens.
+        name: of the text, for messages.
+
+    Raises:
+        ValueError: not UTF-8.
+    """
+    if isinstance(tokenizer, ByteTokenizer):
+        tokens = np.frombuffer(raw, np.uint8)
+        return tokens, len(tokens) - 1
+    try:
+        tokens = tokenizer.encode(raw.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 at byte {error.start:,}") from None
+    # A token that begins every text stands for nothing.
+    first = len(tokenizer.decode(tokens[:1]).encode()) if len(tokens) else 0
+    return tokens, max(1, len(raw) - first)
 
 
 def model_scorer(model: Transformer) -> Scorer:

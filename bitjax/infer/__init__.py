@@ -3,5 +3,6 @@
 from bitjax.infer.convert import pack_model
 from bitjax.infer.generator import Completion, Generator
 from bitjax.infer.sampling import SamplingParams
+from bitjax.infer.session import Session
 
-__all__ = ["Completion", "Generator", "SamplingParams", "pack_model"]
+__all__ = ["Completion", "Generator", "SamplingParams", "Session", "pack_model"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
 from typing import Literal
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from bitjax.config import ModelConfig
-from bitjax.model import Transformer, bit_linears
+from bitjax.model import Transformer, bit_linears, layers_matching
 from bitjax.packing import (
     DITHER_CODE,
     GROUP,
@@ -44,7 +43,7 @@ def pack_model(
     columns: bool = False,
     layer_layouts: LayerLayouts = (),
 ) -> Transformer:
-    """A copy of a trained model whose linear layers hold packed weights.
+    """A copy of a trained model whose linear layers hold packed weights, but for float layers.
 
     Codes and scales come from the quantiser of the training-time forward pass.
 
@@ -62,10 +61,7 @@ def pack_model(
             that are not finite, or as `layouts_by_layer`.
     """
     kind = model.config.weights
-    if kind not in WEIGHT_QUANTIZERS:
-        raise ValueError(
-            f"this model has {kind} weights; only {' and '.join(WEIGHT_QUANTIZERS)} can be packed"
-        )
+    require_packable("this model", model.config)
     if columns:
         require_zeros(model.config)
     layouts = layouts_by_layer(model, layout, layer_layouts)
@@ -74,6 +70,8 @@ def pack_model(
         weight = layer.weight.get_value()
         if isinstance(weight, PackedWeights):
             raise ValueError(f"{name} is packed already")
+        if layer.weights == "float":
+            continue
         require_finite(name, weight)
         codes, scale = WEIGHT_QUANTIZERS[kind](weight, layer.segments)
         scales = np.asarray(scale).reshape(-1)
@@ -89,6 +87,19 @@ def pack_model(
         pieces = (head_VxD[i : i + SCREEN_ROWS] for i in range(0, len(head_VxD), SCREEN_ROWS))
         packed.screen = nnx.Param(make_screen(pieces))
     return packed
+
+
+def require_packable(what: str, config: ModelConfig) -> None:
+    """Refuse a full-precision model.
+
+    Raises:
+        ValueError: `what` has float weights.
+    """
+    if config.weights not in WEIGHT_QUANTIZERS:
+        raise ValueError(
+            f"{what} has {config.weights} weights; only {' and '.join(WEIGHT_QUANTIZERS)} can be "
+            "packed"
+        )
 
 
 def require_zeros(config: ModelConfig) -> None:
@@ -122,12 +133,7 @@ def layouts_by_layer(
         if wanted not in ("ternary2", "ternary1.6"):
             raise ValueError(f"layout={wanted!r} is not ternary2 or ternary1.6")
     for pattern, wanted in layer_layouts:
-        matched = [name for name in layouts if fnmatchcase(name, pattern)]
-        if not matched:
-            raise ValueError(
-                f"no linear layer matches {pattern!r}; they are {', '.join(list(layouts)[:4])}, ..."
-            )
-        layouts |= dict.fromkeys(matched, wanted)
+        layouts |= dict.fromkeys(layers_matching(model, pattern), wanted)
     return layouts
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -20,11 +20,17 @@ from bitjax.infer.convert import (
     LayerLayouts,
     TableFormat,
     layouts_by_layer,
-    make_screen,
     require_zeros,
 )
+from bitjax.infer.tensors import (
+    OnBytes,
+    float_format,
+    reporting,
+    screen_tensors,
+    table_tensors,
+)
 from bitjax.model import abstract_model
-from bitjax.model.files import DTYPES, Tensor, parameters, stored_arrays, write_model_file
+from bitjax.model.files import DTYPES, Tensor, parameters, write_model_file
 from bitjax.packing import (
     BLOCK_ROWS,
     LAYOUTS,
@@ -32,7 +38,6 @@ from bitjax.packing import (
     LayoutName,
     PackedWeights,
     columns_shape,
-    expanded_cols,
     multiplier_shape,
     pack,
     packed_shape,
@@ -48,7 +53,7 @@ def write_dummy(
     layout: LayoutName = "ternary2",
     tables: TableFormat = "int4",
     seed: int = 0,
-    on_bytes: Callable[[int, int], None] | None = None,
+    on_bytes: OnBytes | None = None,
     columns: bool = False,
     layer_layouts: LayerLayouts = (),
 ) -> None:
@@ -82,7 +87,10 @@ def write_dummy(
     tensors: list[Tensor] = []
     for index, (name, parameter) in enumerate(parameters(model)):
         shape, key = parameter.get_value().shape, (seed, index)
-        if name.endswith(".weight"):
+        if name.endswith(".weight") and config.is_float_layer(name.removesuffix(".weight")):
+            pieces = functools.partial(_normal, shape, key)
+            tensors += table_tensors(name, shape, float_format(tables), pieces)
+        elif name.endswith(".weight"):
             layer = layouts[name.removesuffix(".weight")]
             tensors += _packed(name, shape, layer, (1.5 / shape[1]) ** 0.5, key)
             if columns and name.endswith(f"{COLUMNS_OF}.weight"):
@@ -90,32 +98,15 @@ def write_dummy(
         elif name in ("embedding", "head") and tables in ("int8", "int4"):
             tensors += _packed(name, shape, tables, 0.02 / _spread(tables), key)
         elif name in ("embedding", "head"):
-            dtype = DTYPES["F32" if tables == "float32" else "BF16"]
-            tensors.append(Tensor(name, dtype, shape, lambda s=shape, k=key: _normal(s, k)))  # type: ignore[misc]
+            pieces = functools.partial(_normal, shape, key)
+            tensors += table_tensors(name, shape, tables, pieces)
             if tables == "screened" and (name == "head" or config.tie_embeddings):
-                tensors += _screen(shape, key)
+                tensors += screen_tensors(shape, pieces)
         else:
             tensors.append(Tensor.of(name, np.ones(shape, np.float32)))
     if on_bytes is not None:
-        tensors = _reporting(tensors, on_bytes)
+        tensors = reporting(tensors, on_bytes)
     write_model_file(path, config, tensors)
-
-
-def _reporting(tensors: list[Tensor], on_bytes: Callable[[int, int], None]) -> list[Tensor]:
-    total = sum(tensor.nbytes for tensor in tensors)
-    done = 0
-
-    def reported(tensor: Tensor) -> Iterator[np.ndarray]:
-        nonlocal done
-        for part in tensor.parts():
-            yield part
-            done += part.size * tensor.dtype.itemsize
-            on_bytes(done, total)
-
-    return [
-        Tensor(t.name, t.dtype, t.shape, lambda t=t: reported(t))  # type: ignore[misc]
-        for t in tensors
-    ]
 
 
 def _spread(layout: TableFormat) -> float:
@@ -149,27 +140,6 @@ def _columns(name: str, shape: tuple[int, int], layout: LayoutName, key: tuple[i
         yield np.asarray(with_columns(packed).columns)
 
     return Tensor(f"{name}.columns", DTYPES["U8"], columns_shape(layout, *shape), made)
-
-
-def _screen(shape: tuple[int, int], key: tuple[int, int]) -> list[Tensor]:
-    """The screen of `_normal(shape, key)`, which is made, whole, when it is first asked for."""
-
-    @functools.cache
-    def made() -> dict[str, np.ndarray]:
-        pieces = (piece.astype(DTYPES["BF16"]) for piece in _normal(shape, key))
-        return {n: np.asarray(a) for n, a in stored_arrays("screen", make_screen(pieces)).items()}
-
-    rows, cols = shape
-    expanded = expanded_cols(cols)
-    shapes = {
-        "screen.int4": packed_shape("int4", rows, expanded),
-        "screen.multipliers": multiplier_shape(rows, expanded),
-        "screen.dither": (cols,),
-    } | {f"screen.{part}": (rows,) for part in ("scale", "spreads", "norms")}
-    return [
-        Tensor(name, DTYPES["U8" if len(s) == 3 else "F32"], s, lambda n=name: [made()[n]])  # type: ignore[misc]
-        for name, s in shapes.items()
-    ]
 
 
 def _codes(rows: int, cols: int, layout: LayoutName, key: tuple[int, int]) -> Iterator[np.ndarray]:

@@ -8,12 +8,14 @@ and donated from step to step.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator as IteratorToClose
 from typing import Any
 
 import jax
@@ -25,9 +27,10 @@ from bitjax.config import CacheDType
 from bitjax.infer.memory import available_memory, require_memory
 from bitjax.infer.programs import Program
 from bitjax.infer.sampling import SamplingArrays, SamplingParams, exact_ranks, sample
+from bitjax.infer.writer import TextWriter
 from bitjax.model import Cache, KVCache, Transformer
-from bitjax.tokenizer import ByteTokenizer
 
+TokenStream = IteratorToClose[np.ndarray, None, None]  # int32 [B] a step
 SMALLEST_BUCKET = 16  # tokens; shorter prompts are padded to it
 PREFILL_TOKENS = 1024  # run at once, or one prompt: enough to hide reading the weights
 
@@ -54,8 +57,8 @@ class Completion:
 
     Attributes:
         prompt, text: the text does not repeat the prompt, nor hold the stop string.
-        tokens: generated, the stop string's included.
-        finish_reason: "stop" (a stop string) or "length".
+        tokens: generated, those that stopped it included.
+        finish_reason: "stop" (a stop string, or a token that ends texts) or "length".
         prefill_seconds, decode_seconds: of the batch it was generated in.
         tokens_per_second: of this sequence while decoding; the first token belongs to the prefill.
     """
@@ -83,12 +86,17 @@ class Generator:
             with "bfloat16", and with "int8" (absmax codes, a scale for each key and value of a
             head) a quarter.
 
+    Attributes:
+        tokenizer: the model's.
+        leaves, tree: the model, as `jax.tree.flatten` takes it apart.
+        empty, first, decode: compiled programs, which sessions use too.
+
     Raises:
         ValueError: a vocabulary without all of the tokenizer's tokens.
     """
 
     def __init__(self, model: Transformer, cache_dtype: CacheDType | None = None) -> None:
-        self.tokenizer = ByteTokenizer()
+        self.tokenizer = model.tokenizer
         self.config = model.config
         if self.config.vocab_size < self.tokenizer.vocab_size:
             raise ValueError(
@@ -96,12 +104,13 @@ class Generator:
                 f"{self.tokenizer.vocab_size}"
             )
         # Leaves alone: to flatten the tree of a large model anew takes 0.3 ms a token.
-        self._leaves, tree = jax.tree.flatten(nnx.split(model))
-        self._empty = Program(functools.partial(_empty, model, cache_dtype), static=2)
+        self.leaves, tree = jax.tree.flatten(nnx.split(model))
+        self.tree = tree
+        self.empty = Program(functools.partial(_empty, model, cache_dtype), static=2)
         self._fill = Program(functools.partial(_fill, tree, cache_dtype), donate=0)
         self._spread = Program(_spread)
-        self._first = Program(functools.partial(_first, tree))
-        self._decode = Program(functools.partial(_decode, tree), donate=1)
+        self.first = Program(functools.partial(_first, tree))
+        self.decode = Program(functools.partial(_decode, tree), donate=1)
 
     def stream(self, prompt: str, params: SamplingParams | None = None) -> Stream:
         """Generate from one prompt, piece by piece.
@@ -109,15 +118,17 @@ class Generator:
         Raises:
             ValueError: an empty prompt, or one that leaves no room in the context.
         """
-        return Stream(self, prompt, params or SamplingParams())
+        params = params or SamplingParams()
+        tokens = self.tokenizer.encode(prompt).tolist()
+        return Stream(prompt, self.writer(tokens, params), self.tokens([tokens], [params]))
 
     def compile(self, prompt: str, params: SamplingParams | None = None) -> None:
         """Compile for one such sequence, before anything is timed."""
         params = params or SamplingParams()
-        self._room(prompt, params)
         batch = [self.tokenizer.encode(prompt).tolist()]
+        self.writer(batch[0], params)
         drawn_B, state, settings = self._start(batch, [params], Program.shapes)
-        self._decode.compiled(self._leaves, state, drawn_B, settings)
+        self.decode.compiled(self.leaves, state, drawn_B, settings)
 
     def generate(
         self,
@@ -139,11 +150,10 @@ class Generator:
             raise ValueError(f"{len(prompts)} prompts, but {len(params)} sampling parameters")
         if not prompts:
             return []
-        writers = [_TextWriter(self.tokenizer, p, self._room(t, p)) for t, p in zip(
-            prompts, params, strict=True
-        )]  # fmt: skip
+        batch = [self.tokenizer.encode(prompt).tolist() for prompt in prompts]
+        writers = [self.writer(t, p) for t, p in zip(batch, params, strict=True)]
         started = first = time.perf_counter()
-        for tokens_B in self._tokens(prompts, params):
+        for tokens_B in self.tokens(batch, params):
             if first == started:
                 first = time.perf_counter()
             for writer, token in zip(writers, tokens_B.tolist(), strict=True):
@@ -156,9 +166,13 @@ class Generator:
             for prompt, w in zip(prompts, writers, strict=True)
         ]
 
-    def _room(self, prompt: str, params: SamplingParams) -> int:
-        """How many tokens may follow the prompt."""
-        length, limit = len(self.tokenizer.encode(prompt)), self.config.max_seq_len
+    def writer(self, prompt: Sequence[int], params: SamplingParams) -> TextWriter:
+        """What turns the tokens after a token prompt into text, and ends it.
+
+        Raises:
+            ValueError: an empty prompt, or one that leaves no room in the context.
+        """
+        length, limit = len(prompt), self.config.max_seq_len
         if length == 0:
             raise ValueError("the prompt is empty; give at least one character")
         if length >= limit:
@@ -166,16 +180,11 @@ class Generator:
                 f"the prompt has {length} tokens; the model's context of {limit} leaves no room "
                 "for an answer"
             )
-        return min(params.max_new_tokens, limit - length)
-
-    def _tokens(
-        self, prompts: Sequence[str], params: Sequence[SamplingParams]
-    ) -> Iterator[np.ndarray]:
-        return self.tokens([self.tokenizer.encode(p).tolist() for p in prompts], params)
+        return TextWriter(self.tokenizer, params, min(params.max_new_tokens, limit - length))
 
     def tokens(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
-    ) -> Iterator[np.ndarray]:
+    ) -> TokenStream:
         """Tokens that follow token prompts: int32 `[B]` a step, as many steps as any may take.
 
         Each step is started before the caller sees the token it continues, so that the machine
@@ -190,20 +199,20 @@ class Generator:
         yield np.asarray(drawn_B)  # before the decode step compiles
         steps = max(p.max_new_tokens for p in params) - 1
         if steps > 0:
-            decode = self._decode.compiled(self._leaves, state, drawn_B, settings)
-            drawn_B, state = decode(self._leaves, state, drawn_B, settings)
+            decode = self.decode.compiled(self.leaves, state, drawn_B, settings)
+            drawn_B, state = decode(self.leaves, state, drawn_B, settings)
         for _ in range(steps - 1):
             known_B = drawn_B
-            drawn_B, state = decode(self._leaves, state, drawn_B, settings)
+            drawn_B, state = decode(self.leaves, state, drawn_B, settings)
             yield np.asarray(known_B)
         if steps > 0:
             yield np.asarray(drawn_B)
 
-    def _memory(self, sequences: int, prompts: int, slots: int, bucket: int) -> int:
+    def memory(self, sequences: int, prompts: int, slots: int, bucket: int) -> int:
         """Bytes of caches and seen tokens, and about those of a prefill's activations."""
         config = self.config
         filled = sum(math.prod(x.shape) * x.dtype.itemsize
-                     for x in jax.tree.leaves(self._empty.shapes(prompts, slots)))  # fmt: skip
+                     for x in jax.tree.leaves(self.empty.shapes(prompts, slots)))  # fmt: skip
         together = min(prompts * bucket, max(PREFILL_TOKENS, bucket))
         # A token's widest moment: gate and up, and the residual stream beside them; float32.
         activations = 4 * together * (2 * config.intermediate_size + 2 * config.hidden_size)
@@ -221,16 +230,18 @@ class Generator:
         limit = self.config.max_seq_len
         longest = max(len(t) + p.max_new_tokens for t, p in zip(prompts, params, strict=True))
         # Every prompt once, the short ones first.
-        unique = sorted(dict.fromkeys(map(tuple, prompts)), key=lambda t: _bucket(len(t)))
-        slots = min(limit, _bucket(longest))
+        unique = sorted(dict.fromkeys(map(tuple, prompts)), key=lambda t: padded_length(len(t)))
+        slots = min(limit, padded_length(longest))
         require_memory(
             f"generation of {len(prompts)} sequences of up to {min(limit, longest)} tokens",
-            self._memory(len(prompts), len(unique), slots, min(limit, _bucket(len(unique[-1])))),
+            self.memory(
+                len(prompts), len(unique), slots, min(limit, padded_length(len(unique[-1])))
+            ),
             available_memory(),
         )
-        filled = run(self._empty, len(unique), slots)
+        filled = run(self.empty, len(unique), slots)
         for row, tokens_NxT, lengths_N in _prefills(unique, limit):
-            filled = run(self._fill, filled, self._leaves, tokens_NxT, lengths_N, np.int32(row))
+            filled = run(self._fill, filled, self.leaves, tokens_NxT, lengths_N, np.int32(row))
         cache, hidden_UxD = filled
         rows = {tokens: row for row, tokens in enumerate(unique)}
         rows_B = np.array([rows[tuple(tokens)] for tokens in prompts], np.int32)
@@ -242,7 +253,7 @@ class Generator:
             seen[list(tokens)] = True
         lengths_B = np.array([len(tokens) for tokens in prompts], np.int32)
         drawn_B, seen_BxV = run(
-            self._first, self._leaves, hidden_UxD, rows_B, lengths_B, seen_BxV, settings
+            self.first, self.leaves, hidden_UxD, rows_B, lengths_B, seen_BxV, settings
         )
         return drawn_B, DecodeState(cache, jnp.asarray(lengths_B), seen_BxV), settings
 
@@ -250,23 +261,24 @@ class Generator:
 class Stream:
     """An iterator over pieces of one generated text; `completion` sums up what came so far."""
 
-    def __init__(self, generator: Generator, prompt: str, params: SamplingParams) -> None:
+    def __init__(self, prompt: str, writer: TextWriter, tokens: TokenStream) -> None:
         self._prompt = prompt
-        self._writer = _TextWriter(generator.tokenizer, params, generator._room(prompt, params))
-        self._tokens = generator._tokens([prompt], [params])
+        self._writer = writer
+        self._tokens = tokens
         self._created = time.perf_counter()
         self._first = self._last = self._created
 
-    def __iter__(self) -> Iterator[str]:
-        for tokens_B in self._tokens:
-            self._last = time.perf_counter()
-            if self._writer.tokens == 0:
-                self._first = self._last
-            piece = self._writer.feed(int(tokens_B[0]))
-            if piece:
-                yield piece
-            if self._writer.finish_reason:
-                return
+    def __iter__(self) -> IteratorToClose[str, None, None]:
+        with contextlib.closing(self._tokens):
+            for tokens_B in self._tokens:
+                self._last = time.perf_counter()
+                if self._writer.tokens == 0:
+                    self._first = self._last
+                piece = self._writer.feed(int(tokens_B[0]))
+                if piece:
+                    yield piece
+                if self._writer.finish_reason:
+                    return
 
     @property
     def completion(self) -> Completion:
@@ -278,7 +290,7 @@ class Stream:
         )  # fmt: skip
 
 
-def _bucket(n: int) -> int:
+def padded_length(n: int) -> int:
     """n rounded up: to a multiple of 16, of the power of two below n over 4 if that is more.
 
     Few sizes mean few compiled programs; the rounding adds less than a quarter beyond 64.
@@ -292,7 +304,7 @@ def _prefills(
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """First row, padded tokens int32 `[N, T]` and lengths `[N]` of prompts to be run together."""
     first = 0
-    for bucket, group in itertools.groupby(prompts, key=lambda tokens: _bucket(len(tokens))):
+    for bucket, group in itertools.groupby(prompts, key=lambda tokens: padded_length(len(tokens))):
         count = len(list(group))
         parts = -(-count // max(1, PREFILL_TOKENS // bucket))
         size = -(-count // parts)
@@ -305,49 +317,6 @@ def _prefills(
                 padded[: len(tokens)] = tokens
             yield row, tokens_NxT, np.array([len(tokens) for tokens in together], np.int32)
         first += count
-
-
-class _TextWriter:
-    """Tokens of one sequence to text: whole characters only, cut at the first stop string."""
-
-    def __init__(self, tokenizer: ByteTokenizer, params: SamplingParams, room: int) -> None:
-        self._decoder = tokenizer.stream_decoder()
-        self._stop = params.stop
-        self._room = room
-        self._held = ""  # may be the beginning of a stop string
-        self.text = ""
-        self.tokens = 0
-        self.finish_reason = ""
-
-    def feed(self, token: int) -> str:
-        """Text released by this token; nothing once finished."""
-        if self.finish_reason:
-            return ""
-        self.tokens += 1
-        self._held += self._decoder.feed(token)
-        last = self.tokens >= self._room
-        if last:
-            self._held += self._decoder.finish()
-        found = [at for at in map(self._held.find, self._stop) if at >= 0]
-        if found:
-            self.finish_reason = "stop"
-            return self._release(min(found))
-        if last:
-            self.finish_reason = "length"
-            return self._release(len(self._held))
-        return self._release(len(self._held) - self._possible_stop())
-
-    def _release(self, count: int) -> str:
-        piece, self._held = self._held[:count], self._held[count:]
-        self.text += piece
-        return piece
-
-    def _possible_stop(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
-        return max(
-            (n for s in self._stop for n in range(1, len(s)) if self._held.endswith(s[:n])),
-            default=0,
-        )
 
 
 Filled = tuple[Cache, jax.Array]  # of every prompt: its cache, and the last hidden state [U, D]

@@ -7,10 +7,11 @@ from bitjax.model.transformer import (
     Transformer,
     abstract_model,
     bit_linears,
+    layers_matching,
     parameter_count,
 )
 
 __all__ = [
     "BitLinear", "Cache", "KVCache", "RMSNorm", "Transformer", "abstract_model", "bit_linears",
-    "parameter_count",
+    "layers_matching", "parameter_count",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from flax import nnx
 
 from bitjax import ops
 from bitjax.config import ModelConfig
-from bitjax.model.layers import BitLinear, RMSNorm, rotary_angles
+from bitjax.model.layers import BitLinear, RMSNorm, rotary_angles, rotary_frequencies
 from bitjax.ops import reference
 from bitjax.ops.reference import KEY_BLOCK
 
@@ -83,7 +83,8 @@ class Attention(nnx.Module):
         B, T, _ = x_BxTxD.shape
         H, G, h = config.num_heads, config.num_kv_heads, config.head_dim
         qkv_BxTxNxh = self.qkv(x_BxTxD, norm=norm).reshape(B, T, -1, h)
-        turn_BxTxh = rotary_angles(positions_BxT, h, config.rope_theta)
+        frequencies = rotary_frequencies(h, config.rope_theta, config.rope_scaling)
+        turn_BxTxh = rotary_angles(positions_BxT, frequencies)
         if cache is None:
             turned = reference.rotate(qkv_BxTxNxh[:, :, : H + G], turn_BxTxh)
             q, k = jnp.split(turned.astype(qkv_BxTxNxh.dtype), [H], axis=2)

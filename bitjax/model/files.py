@@ -1,6 +1,7 @@
 """Model files: one safetensors file, float or packed, with the configuration in its metadata.
 
-Metadata key "bitjax" holds JSON `{"format": 2, "config": {...}, "tokenizer": "bytes"}`. Tensors
+Metadata key "bitjax" holds JSON `{"format": 2, "config": {...}, "tokenizer": "bytes"}`, or another
+tokenizer's settings and its JSON as tensor (`bitjax.model.stored_tokenizer`). The other tensors
 are named by their path in the model. A matrix is either
 
     <path>                  float32 or bfloat16 [rows, cols]
@@ -45,11 +46,12 @@ import safetensors
 from flax import nnx
 
 from bitjax.config import ModelConfig, from_dict, to_json
+from bitjax.model.stored_tokenizer import TENSOR, read_tokenizer, stored_tokenizer
 from bitjax.model.transformer import Transformer, abstract_model, bit_linears
 from bitjax.ops import Impl
 from bitjax.packing import LAYOUTS, PackedWeights, Screen, expanded_cols, validate
 from bitjax.quant import require_finite
-from bitjax.tokenizer import ByteTokenizer
+from bitjax.tokenizer import BYTES, Tokenizer
 
 ALIGNMENT = 64  # bytes; what XLA on CPU asks of a buffer it shall use in place
 FILE_FORMAT = 2
@@ -74,7 +76,7 @@ def save_model(path: Path, model: Transformer) -> None:
             require_finite(name, value)
         arrays = stored_arrays(name, value)
         tensors += [Tensor.of(stored, np.asarray(array)) for stored, array in arrays.items()]
-    write_model_file(path, model.config, tensors)
+    write_model_file(path, model.config, tensors, model.tokenizer)
 
 
 def stored_arrays(name: str, value: jax.Array | PackedWeights | Screen) -> dict[str, jax.Array]:
@@ -117,17 +119,22 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_model_file(path: Path, config: ModelConfig, tensors: Sequence[Tensor]) -> None:
+def write_model_file(
+    path: Path, config: ModelConfig, tensors: Sequence[Tensor], tokenizer: Tokenizer = BYTES
+) -> None:
     """Write tensors with a configuration; the file appears under its name only when complete.
 
     Raises:
-        ValueError: the file cannot be written.
+        ValueError: the file cannot be written, or a tokenizer that files cannot hold.
     """
+    stored, text = stored_tokenizer(tokenizer)
     about = {
         "format": FILE_FORMAT,
         "config": json.loads(to_json(config)),
-        "tokenizer": ByteTokenizer.name,
+        "tokenizer": stored,
     }
+    if text is not None:
+        tensors = [*tensors, Tensor.of(TENSOR, text)]
     try:
         _write_safetensors(path, tensors, {"bitjax": json.dumps(about)})
     except OSError as error:
@@ -152,7 +159,9 @@ def load_model(
             configuration. Nothing of it is used before all of it is checked.
     """
     about, tensors = _read_safetensors(path)
-    config = _read_config(path, about)
+    config, stored = read_config(path, about)
+    text = None if stored == BYTES.name else tensors.pop(TENSOR, None)
+    tokenizer = read_tokenizer(path, stored, text, config.vocab_size)
     _check_layers(path, config, tensors)
     model = abstract_model(config, dtype)
     for name, parameter in parameters(model):
@@ -163,7 +172,7 @@ def load_model(
     if tensors:
         raise ValueError(f"{path} holds tensors that its configuration has no place for: "
                          f"{', '.join(sorted(tensors)[:3])}")  # fmt: skip
-    model.impl = impl
+    model.impl, model.tokenizer = impl, tokenizer
     for _, layer in bit_linears(model):
         layer.impl = impl
     return model
@@ -193,7 +202,12 @@ def parameters(model: Transformer) -> Iterator[tuple[str, nnx.Param]]:
             yield ".".join(map(str, path)), node
 
 
-def _read_config(path: Path, about: str) -> ModelConfig:
+def read_config(path: Path, about: str) -> tuple[ModelConfig, Any]:
+    """The configuration in a file's metadata, and what it says of the tokenizer, unchecked.
+
+    Raises:
+        ValueError: malformed, or of another version.
+    """
     try:
         parsed = json.loads(about)
         found, tokenizer, config = parsed["format"], parsed["tokenizer"], parsed["config"]
@@ -201,10 +215,8 @@ def _read_config(path: Path, about: str) -> ModelConfig:
         raise ValueError(f"{path}: its bitjax metadata cannot be read") from None
     if found != FILE_FORMAT:
         raise ValueError(f"{path}: model file format {found!r}; this version reads {FILE_FORMAT}")
-    if tokenizer != ByteTokenizer.name:
-        raise ValueError(f"{path}: unknown tokenizer {tokenizer!r}; this version has 'bytes'")
     try:
-        return from_dict(ModelConfig, config, "model.")
+        return from_dict(ModelConfig, config, "model."), tokenizer
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

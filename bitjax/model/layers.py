@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from bitjax import ops
-from bitjax.config import ModelConfig
+from bitjax.config import ModelConfig, RopeScaling
 from bitjax.ops import reference
 from bitjax.packing import PackedWeights
 from bitjax.quant import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS, Segments
@@ -34,13 +35,29 @@ class RMSNorm(nnx.Module):
         return reference.rms_norm(x, self.scale[...], self.eps).astype(x.dtype)
 
 
+class RMSNorms(nnx.Module):
+    """Several RMSNorms of the same input, stacked: `[..., K]` to `[..., count, K]`."""
+
+    def __init__(self, count: int, features: int, eps: float) -> None:
+        self.scale = nnx.Param(jnp.ones((count, features), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise the last axis once for each scale; keeps x's dtype."""
+        each = [reference.rms_norm(x, scale, self.eps) for scale in self.scale[...]]
+        return jnp.stack(each, axis=-2).astype(x.dtype)
+
+
 class BitLinear(nnx.Module):
     """A linear layer with quantised weights and activations, and no bias.
 
     `config.weights` and `config.activations` choose the quantisers; with both "float" it is a
     plain linear layer. Several matrices that read the same input are stacked as one, each with its
     own scale. With `config.inner_norm` an RMSNorm precedes the quantisation (2024 listing of "The
-    Era of 1-bit LLMs: Training Tips, Code and FAQ", figure 3).
+    Era of 1-bit LLMs: Training Tips, Code and FAQ", figure 3); with `config.linear_norm_eps` it is
+    one of its own for each stacked matrix (`use_rms_norm` of Hugging Face's BitNet layers). What
+    `config.float_layers` names has neither quantisers nor that norm; the Transformer, which knows
+    the names, takes them away.
 
     Args:
         in_features: K.
@@ -54,8 +71,15 @@ class BitLinear(nnx.Module):
     ) -> None:
         tables = [jax.random.normal(rngs.params(), (n, in_features)) for n in segments]
         self.weight: nnx.Param = nnx.Param(config.init_std * jnp.concatenate(tables))
-        self.norm = RMSNorm(in_features, config.norm_eps) if config.inner_norm else None
         self.segments: Segments = segments if len(segments) > 1 else ()
+        norm: RMSNorm | RMSNorms | None = None
+        if config.inner_norm:
+            norm = RMSNorm(in_features, config.norm_eps)
+        elif config.linear_norm_eps is not None and len(segments) == 1:
+            norm = RMSNorm(in_features, config.linear_norm_eps)
+        elif config.linear_norm_eps is not None:
+            norm = RMSNorms(len(segments), in_features, config.linear_norm_eps)
+        self.norm = norm
         self.weights = config.weights
         self.activations = config.activations
         self.impl: ops.Impl = "auto"
@@ -75,32 +99,46 @@ class BitLinear(nnx.Module):
         in float32 from gate to sum, and nothing between travels to memory.
         """
         weight = self.weight.get_value()
-        norms = [n for n in (norm, self.norm) if n is not None]
+        norms: list[RMSNorm | RMSNorms] = [n for n in (norm, self.norm) if n is not None]
         packed = isinstance(weight, PackedWeights) and self.activations != "float"
-        if packed and self.fuse and len(norms) < 2:
+        each = isinstance(self.norm, RMSNorms)  # x then gets a further axis, one row a segment
+        if packed and self.fuse and len(norms) < 2 and not each:
             scale, eps = (norms[0].scale[...], norms[0].eps) if norms else (None, 0.0)
             return ops.packed_matmul(
                 x, weight, gate=gate, norm=scale, eps=eps, residual=residual, impl=self.impl
             )
         if gate != "none":
             x = reference.gated(gate, *jnp.split(x, 2, axis=-1))
-        for norm in norms:
-            x = norm(x)
-        if packed:
-            y = ops.packed_matmul(x, weight, impl=self.impl)
-        elif isinstance(weight, PackedWeights):
-            y = reference.dequantized_matmul(x, weight)
+        for applied in norms:
+            x = applied(x)
+        ends = tuple(np.cumsum(self.segments))
+        if isinstance(weight, PackedWeights):
+            # Of stacked matrices with their own norms each is multiplied with the inputs of all:
+            # packed weights are not sliced, and reading them is what takes time.
+            y = self._packed(x, weight)
+            if each:
+                rows = jnp.split(y, ends[:-1], axis=-1)
+                y = jnp.concatenate([part[..., s, :] for s, part in enumerate(rows)], axis=-1)
+        elif each:
+            matrices = jnp.split(weight, ends[:-1])
+            parts = [self._fake_quantized(x[..., s, :], w, ()) for s, w in enumerate(matrices)]
+            y = jnp.concatenate(parts, axis=-1)
         else:
-            y = self._fake_quantized(x, weight)
+            y = self._fake_quantized(x, weight, self.segments)
         return y if residual is None else residual + y
 
-    def _fake_quantized(self, x: jax.Array, w_NxK: jax.Array) -> jax.Array:
+    def _packed(self, x: jax.Array, weight: PackedWeights) -> jax.Array:
+        if self.activations == "float":
+            return ops.dequantized_matmul(x, weight, self.impl)
+        return ops.packed_matmul(x, weight, impl=self.impl)
+
+    def _fake_quantized(self, x: jax.Array, w_NxK: jax.Array, segments: Segments) -> jax.Array:
         dtype, shape, scale = x.dtype, x.shape, None
         x = x.reshape(-1, shape[-1])  # one matrix product: XLA transposes less on CPU
         if self.activations != "float":
             x, scale = ACTIVATION_QUANTIZERS[self.activations](x)
         if self.weights != "float":
-            w_NxK, w_scale = WEIGHT_QUANTIZERS[self.weights](w_NxK, self.segments)
+            w_NxK, w_scale = WEIGHT_QUANTIZERS[self.weights](w_NxK, segments)
             w_scale = w_scale.reshape(1, -1)
             scale = w_scale if scale is None else scale * w_scale
         # Codes are exact in bfloat16 too (integers up to 256), and their sums in float32.
@@ -114,13 +152,28 @@ class BitLinear(nnx.Module):
         return y.reshape(*shape[:-1], -1)
 
 
-def rotary_angles(positions_BxT: jax.Array, size: int, theta: float) -> jax.Array:
-    """Cosines, then sines, of `position * theta^(-2i/h)`, i < h/2: float32 `[B, T, h]`.
+def rotary_frequencies(size: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """`f_i = theta^(-2i/h)`, i < h/2, slowed down as `scaling` says; float32 `[h/2]`.
 
-    They turn heads of `size` h dimensions (`bitjax.ops.reference.rotate`; arXiv 2104.09864).
+    Sources: arXiv 2104.09864; scaling, see `bitjax.config.RopeScaling`.
     """
     half = size // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    f = theta ** (-np.arange(half) / half)
+    if scaling.kind == "linear":
+        f = f / scaling.factor
+    elif scaling.kind == "llama3":
+        turns = scaling.original_max_seq_len * f / (2 * np.pi)  # within the original context
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        f = f * (kept + (1 - kept) / scaling.factor)
+    return f.astype(np.float32)
+
+
+def rotary_angles(positions_BxT: jax.Array, frequencies: np.ndarray) -> jax.Array:
+    """Cosines, then sines, of `position * frequency`: float32 `[B, T, h]` from `[h/2]`.
+
+    They turn heads of h dimensions (`bitjax.ops.reference.rotate`).
+    """
     angles = positions_BxT[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 

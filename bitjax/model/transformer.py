@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,7 @@ from bitjax.config import CacheDType, ModelConfig
 from bitjax.model.attention import Attention, KVCache
 from bitjax.model.layers import BitLinear, FeedForward, RMSNorm
 from bitjax.packing import PackedWeights, Screen, packed_rows
+from bitjax.tokenizer import BYTES, Tokenizer
 
 Cache = tuple[KVCache, ...]  # one per layer
 
@@ -57,6 +59,9 @@ class Transformer(nnx.Module):
         config: the shape and number formats.
         rngs: source of the initial weights (stream "params").
         dtype: of activations, float32 or bfloat16; master weights are float32.
+
+    Raises:
+        ValueError: a pattern of `config.float_layers` that matches no linear layer.
     """
 
     def __init__(
@@ -68,12 +73,14 @@ class Transformer(nnx.Module):
 
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.tokenizer: Tokenizer = BYTES  # of its tokens; the model itself needs none
         self.impl: ops.Impl = "auto"  # of a packed head's product
         self.embedding = nnx.Param(table())
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = None if config.tie_embeddings else nnx.Param(table())
         self.screen: nnx.Param | None = nnx.data(None)  # of the head: a `Screen`
+        _keep_float(self)
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
         """Float32 logits `[B, T, V]` of the token after each position, without a cache."""
@@ -163,16 +170,45 @@ def bit_linears(model: Transformer) -> Iterator[tuple[str, BitLinear]]:
                 yield f"blocks.{i}.{part}.{name}", getattr(getattr(block, part), name)
 
 
+def layers_matching(model: Transformer, pattern: str) -> list[str]:
+    """Names of the linear layers that a shell pattern matches, e.g. "*.ffn.down".
+
+    Raises:
+        ValueError: there is none.
+    """
+    names = [name for name, _ in bit_linears(model)]
+    matched = [name for name in names if fnmatchcase(name, pattern)]
+    if not matched:
+        raise ValueError(f"no linear layer matches {pattern!r}; they are {', '.join(names[:4])}, "
+                         "...")  # fmt: skip
+    return matched
+
+
+def _keep_float(model: Transformer) -> None:
+    """Take the quantisers, and norms of their own, from what `config.float_layers` names."""
+    layers = dict(bit_linears(model))
+    for pattern in model.config.float_layers:
+        for name in layers_matching(model, pattern):
+            layers[name].weights = layers[name].activations = "float"
+            if model.config.linear_norm_eps is not None:
+                layers[name].norm = None
+
+
 def abstract_model(config: ModelConfig, dtype: str = "float32") -> Transformer:
-    """The model with shapes in place of arrays: nothing is allocated or computed."""
+    """The model with shapes in place of arrays: nothing is allocated or computed.
+
+    Raises:
+        ValueError: as `Transformer`.
+    """
     # An nnx.Rngs counts its draws, and tracing that takes time quadratic in the layers.
     rngs: Any = SimpleNamespace(params=lambda: jax.random.key(0))
-    one_layer = dataclasses.replace(config, num_layers=1)
+    one_layer = dataclasses.replace(config, num_layers=1, float_layers=())
     model = nnx.eval_shape(lambda: Transformer(one_layer, rngs=rngs, dtype=dtype))
     # Blocks are alike: one is built and copied, which takes a tenth of the time.
     block = nnx.eval_shape(lambda: Block(config, rngs=rngs))
     model.blocks = nnx.List([nnx.clone(block) for _ in range(config.num_layers)])
     model.config = config
+    _keep_float(model)
     return model
 
 

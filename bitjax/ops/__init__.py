@@ -21,6 +21,7 @@ from bitjax.ops.reference import KEY_BLOCK, Gate
 from bitjax.packing import PackedWeights, Screen
 
 Impl = Literal["auto", "ffi", "reference"]
+FLOAT_PARTS = {"float32": 3, "bfloat16": 2}  # of activations that are not to lose precision
 TWO_PART_ROWS = 2  # of activations, up to which a screen takes each in two int8 parts
 
 
@@ -81,6 +82,54 @@ def packed_matmul(
         cpu=lambda x, w, n, r: ffi.packed_matmul(x, w, gate, n, eps, r),
         default=lambda x, w, n, r: reference.packed_matmul(x, w, gate, n, eps, r),
     )  # fmt: skip
+
+
+def dequantized_matmul(x: jax.Array, weights: PackedWeights, impl: Impl = "auto") -> jax.Array:
+    """Product of packed weights with activations that are not quantised: `x @ (w * scale).T`.
+
+    The custom call takes x in int8 parts, each what the parts before it left: three leave 254^-3 =
+    2^-24 of a row's largest element, as much as a float32 sum loses, and two 2^-16, less than
+    bfloat16 resolves. All parts are rows of one product, so weights are read once, packed as they
+    are.
+
+    Args:
+        x: float32 or bfloat16 `[..., K]`. A row with a NaN or an infinity gives a row of NaN.
+        weights: packed N x K.
+        impl: which implementation, see the module's docstring.
+
+    Returns:
+        `[..., N]` in x's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, an unsupported dtype, or an unknown `impl`.
+        ModuleNotFoundError: `impl="ffi"` without the extension.
+    """
+    if x.ndim < 1 or x.shape[-1] != weights.cols or x.dtype.name not in FLOAT_PARTS:
+        raise ValueError(
+            f"dequantized_matmul: x is {x.dtype}{list(x.shape)}; wanted float32 or bfloat16 "
+            f"[..., {weights.cols}] for the {weights.rows} x {weights.cols} weights"
+        )
+    if impl == "reference" or (impl == "auto" and not ffi.available()):
+        return reference.dequantized_matmul(x, weights)
+    if impl == "ffi":
+        return _matmul_in_parts(x, weights)
+    if impl != "auto":
+        raise ValueError(f"impl={impl!r} is not auto, ffi or reference")
+    return jax.lax.platform_dependent(
+        x, weights, cpu=_matmul_in_parts, default=reference.dequantized_matmul
+    )
+
+
+def _matmul_in_parts(x: jax.Array, weights: PackedWeights) -> jax.Array:
+    """`dequantized_matmul` by the custom call."""
+    wide = x.astype(jnp.float32)
+    # A power of two, so exactly undone, brings the largest element to 512..1024 (unless it is below
+    # 2^-100): int8_per_token's smallest scale is then far below what the last part needs.
+    exponent = jnp.frexp(jnp.max(jnp.abs(wide), axis=-1, keepdims=True))[1] - 10
+    exponent = jnp.maximum(exponent, -110)
+    parts = reference.int8_parts(jnp.ldexp(wide, -exponent), FLOAT_PARTS[x.dtype.name])
+    y = ffi.packed_matmul(parts, weights, "none", None, 0.0, None).sum(-2)
+    return jnp.ldexp(y, exponent).astype(x.dtype)
 
 
 def screened_logits(

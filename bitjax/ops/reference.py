@@ -73,7 +73,7 @@ def packed_matmul_i32(q: jax.Array, weights: PackedWeights) -> jax.Array:
 
 
 def dequantized_matmul(x: jax.Array, weights: PackedWeights) -> jax.Array:
-    """`x @ (w * scale).T` with x not quantised: packed weights under float activations."""
+    """`x @ (w * scale).T` with x not quantised; see `bitjax.ops`."""
     acc = _product(x, unpack(weights).astype(x.dtype), jnp.float32)
     return (acc * weights.scale.reshape((1,) * (acc.ndim - 1) + (-1,))).astype(x.dtype)
 

@@ -1,5 +1,6 @@
 """Scoring a text: every token once and with the right context, against plain loops."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -98,14 +99,18 @@ def test_a_uniform_model_needs_eight_bits_a_byte(n):
 
 
 def test_units():
-    score = TextScore(nats_per_token=math.log(8), standard_error=0.5 * math.log(2), tokens=5)
+    score = TextScore(math.log(8), standard_error=0.5 * math.log(2), tokens=5, bytes=5)
     assert score.bits_per_byte == pytest.approx(3)
     assert score.bits_per_byte_error == pytest.approx(0.5)
+    longer = dataclasses.replace(score, bytes=20)  # four bytes a token
+    assert longer.bits_per_byte == pytest.approx(0.75)
+    assert longer.bits_per_byte_error == pytest.approx(0.125)
+    assert longer.perplexity == score.perplexity
     assert score.perplexity == pytest.approx(8)
 
 
 def test_a_hopeless_score_is_infinite_not_an_error():
-    assert TextScore(800.0, 0.0, 5).perplexity == math.inf
+    assert TextScore(800.0, 0.0, 5, 5).perplexity == math.inf
 
 
 def test_nan_losses_surface():

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from tiny import changed, tiny_config, tiny_model
 
 from bitjax.infer import Generator, SamplingParams, pack_model
-from bitjax.infer.generator import PREFILL_TOKENS, _bucket, _prefills, _TextWriter
+from bitjax.infer.generator import PREFILL_TOKENS, _prefills, padded_length
 from bitjax.infer.programs import Program
-from bitjax.tokenizer import ByteTokenizer
+from bitjax.infer.writer import TextWriter
+from bitjax.tokenizer import BYTES, ByteTokenizer
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=14)
 LIMIT = 32
@@ -123,9 +124,9 @@ def test_one_compiled_step_serves_every_token_and_every_setting():
         gen.generate(["hello"], params)
         list(gen.stream("a prompt of the same bucket"[:16], params))
     gen.compile("hello")
-    assert len(gen._decode) == len(gen._fill) == len(gen._first) == 1
+    assert len(gen.decode) == len(gen._fill) == len(gen.first) == 1
     gen.generate(PROMPTS, GREEDY)  # another batch size, another program
-    assert len(gen._decode) == 2
+    assert len(gen.decode) == 2
 
 
 def counting_prefills(monkeypatch):
@@ -169,7 +170,7 @@ def test_many_prompts_are_run_in_parts_of_one_size(monkeypatch):
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=40))
 def test_every_prompt_is_run_and_little_besides(lengths):
     prompts = sorted(
-        ((i, *range(n - 1)) for i, n in enumerate(lengths)), key=lambda p: _bucket(len(p))
+        ((i, *range(n - 1)) for i, n in enumerate(lengths)), key=lambda p: padded_length(len(p))
     )
     held = {}
     cost = 0
@@ -181,17 +182,17 @@ def test_every_prompt_is_run_and_little_besides(lengths):
             assert not tokens[length:].any()
             assert length <= tokens_NxT.shape[1] < max(17, 1.25 * length + 16)
     assert [held[row] for row in range(len(prompts))] == prompts
-    buckets = len({_bucket(n) for n in lengths})
+    buckets = len({padded_length(n) for n in lengths})
     # Padding to a bucket, and in each bucket one part that is not full.
-    assert cost <= sum(map(_bucket, lengths)) + buckets * PREFILL_TOKENS
+    assert cost <= sum(map(padded_length, lengths)) + buckets * PREFILL_TOKENS
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 64, 65, 128, 129, 160, 161, 256, 257, 4095, 4096])
-def test_buckets(n):
-    rounded = _bucket(n)
+def testpadded_lengths(n):
+    rounded = padded_length(n)
     assert n <= rounded < n + max(16, n / 4)
     assert rounded % 16 == 0
-    assert _bucket(rounded) == rounded
+    assert padded_length(rounded) == rounded
 
 
 @pytest.mark.parametrize("form", ["packed", "packed tables"])
@@ -207,7 +208,7 @@ def test_implementations_give_the_same_text(form):
 def test_a_cache_of_another_dtype(cache_dtype):
     """It is what is asked for; together as alone, and by the custom call as by the reference."""
     gen = Generator(tiny("packed"), cache_dtype)
-    cache = gen._empty(1, 65)[0][0]
+    cache = gen.empty(1, 65)[0][0]
     assert cache.keys.dtype == cache.values.dtype == cache_dtype
     assert cache.values.size == 128 * gen.config.num_kv_heads * gen.config.head_dim
     texts = [completion.text for completion in gen.generate(PROMPTS, GREEDY)]
@@ -223,9 +224,9 @@ def test_bfloat16_follows_float32():
     model = changed(tiny("packed"))
     model.dtype = jnp.dtype("bfloat16")
     gen = Generator(model)
-    assert gen._empty(1, 4)[0][0].keys.dtype == jnp.bfloat16
+    assert gen.empty(1, 4)[0][0].keys.dtype == jnp.bfloat16
     drawn = []
-    for tokens in gen._tokens(["hello"], [GREEDY]):
+    for tokens in gen.tokens([list(b"hello")], [GREEDY]):
         drawn.append(int(tokens[0]))
         if len(drawn) == 12:
             break
@@ -247,7 +248,7 @@ class Script(nnx.Module):
     def __init__(self, text):
         raw = text.encode() if isinstance(text, str) else text
         self.config = tiny_config(max_seq_len=SCRIPT_LIMIT, hidden_size=256)
-        self.dtype = jnp.dtype("float32")
+        self.dtype, self.tokenizer = jnp.dtype("float32"), BYTES
         self.script = nnx.Param(jnp.asarray(list(raw.ljust(SCRIPT_LIMIT, b".")), jnp.int32))
 
     def empty_cache(self, batch, length, dtype=None):
@@ -332,7 +333,7 @@ def test_a_character_cut_by_the_limit_becomes_a_replacement():
 def test_text_rules(raw, cut, stop):
     """Every rule at once, by looking at each prefix of the bytes as a whole."""
     raw = raw[:cut] or b"a"
-    writer = _TextWriter(ByteTokenizer(), SamplingParams(stop=stop), len(raw))
+    writer = TextWriter(ByteTokenizer(), SamplingParams(stop=stop), len(raw))
     released = ""
     for count in range(1, len(raw) + 1):
         last = count == len(raw)

@@ -104,7 +104,7 @@ def test_generation_says_what_it_needs_before_it_allocates(monkeypatch):
 
 def test_seen_tokens_are_counted():
     one, wide = (Generator(pack_model(tiny_model(vocab_size=v))) for v in (256, 1256))
-    assert wide._memory(5, 2, 16, 16) - one._memory(5, 2, 16, 16) == 5 * 1000
+    assert wide.memory(5, 2, 16, 16) - one.memory(5, 2, 16, 16) == 5 * 1000
 
 
 def test_loading_warns(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import safetensors.numpy
 from flax import nnx
 from tiny import tiny_config, tiny_model
 
+from bitjax.config import RopeScaling
 from bitjax.infer import pack_model
 from bitjax.model import bit_linears
 from bitjax.model.files import load_model, save_model, tensor_table
@@ -133,6 +134,8 @@ def refuses(path, message):
         {"sub_norm": False, "activation": "silu"},
         {"weights": "binary", "activations": "float"},
         {"inner_norm": True, "sub_norm": False, "tie_embeddings": False},
+        {"linear_norm_eps": 1e-6, "rope_scaling": RopeScaling("linear", 2.0)},
+        {"float_layers": ("*.gate_up", "*.o")},
     ],
     ids=lambda changes: ",".join(changes) or "plain",
 )
@@ -205,7 +208,8 @@ def test_metadata(packed_file):
     about = metadata(packed_file)
     assert about == {
         "format": 2,
-        "config": dataclasses.asdict(tiny_config(num_layers=1)),
+        # JSON has no tuples
+        "config": dataclasses.asdict(tiny_config(num_layers=1)) | {"float_layers": []},
         "tokenizer": "bytes",
     }
 
@@ -378,7 +382,7 @@ def loads_or_refuses(path, like):
             f: getattr(model.config, f)
             for f in ("rope_theta", "norm_eps", "init_std", "max_seq_len", "vocab_size",
                       "weights", "activations", "activation", "num_heads", "head_dim",
-                      "num_kv_heads")
+                      "num_kv_heads", "rope_scaling")
         },
     )  # fmt: skip
     assert model.config == config
@@ -495,8 +499,8 @@ def test_metadata_that_cannot_be_read(packed_file, about):
         ({"format": 1}, "model file format 1; this version reads 2"),
         ({"format": 3}, "model file format 3; this version reads 2"),
         ({"format": "2"}, "model file format '2'; this version reads 2"),
-        ({"tokenizer": "bpe"}, "unknown tokenizer 'bpe'; this version has 'bytes'"),
-        ({"tokenizer": None}, "unknown tokenizer None; this version has 'bytes'"),
+        ({"tokenizer": "bpe"}, "unknown tokenizer 'bpe'; this version has 'bytes' and 'text'"),
+        ({"tokenizer": None}, "unknown tokenizer None; this version has 'bytes' and 'text'"),
         ({"config": []}, r"model is not an object of settings: \[\]"),
         ({"config": {"depth": 3}}, "unknown setting model.depth; model has vocab_size"),
         ({"config": {"num_layers": "1"}}, "model.num_layers='1' is not of type int"),

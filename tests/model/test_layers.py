@@ -9,7 +9,14 @@ import pytest
 from flax import nnx
 from tiny import tiny_config
 
-from bitjax.model.layers import BitLinear, FeedForward, RMSNorm, rotary_angles
+from bitjax.config import RopeScaling
+from bitjax.model.layers import (
+    BitLinear,
+    FeedForward,
+    RMSNorm,
+    rotary_angles,
+    rotary_frequencies,
+)
 from bitjax.ops.reference import rotate
 from bitjax.packing import pack
 from bitjax.quant import WEIGHT_QUANTIZERS, int8_per_token
@@ -296,9 +303,42 @@ def test_rms_norm():
     np.testing.assert_allclose(np.asarray(norm(jnp.asarray(x, jnp.float32))), exact, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        RopeScaling(),
+        RopeScaling("linear", 4.0),
+        RopeScaling("llama3", 8.0),
+        RopeScaling("llama3", 32.0, 2.0, 5.0, 4096),
+    ],
+    ids=str,
+)
+def test_rotary_frequencies_are_those_of_transformers(scaling):
+    rope = pytest.importorskip("transformers.modeling_rope_utils", reason="no transformers")
+    from transformers import LlamaConfig
+
+    parameters = {"rope_theta": 500_000.0, "rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
+        parameters |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_seq_len,
+        }
+    if scaling.kind == "none":  # 1 / theta^(2i/h), which has no entry there
+        theirs = 500_000.0 ** (-np.arange(64) / 64)
+    else:
+        config = LlamaConfig(head_dim=128, rope_parameters=parameters)
+        theirs = rope.ROPE_INIT_FUNCTIONS[scaling.kind](config)[0].numpy()
+    ours = rotary_frequencies(128, 500_000.0, scaling)
+    assert ours.dtype == np.float32
+    # Theirs are float32 throughout: an exponent of up to 13 (of e) rounded, and a few operations.
+    np.testing.assert_allclose(ours, theirs, rtol=2e-6)
+
+
 def test_rotary_turns_pairs_and_keeps_relative_angles():
     x = inputs(1, 1, 1, 8)
-    at = lambda p: rotate(x, rotary_angles(jnp.array([[p]]), 8, 10_000.0))[0, 0, 0]  # noqa: E731
+    frequencies = rotary_frequencies(8, 10_000.0, RopeScaling())
+    at = lambda p: rotate(x, rotary_angles(jnp.array([[p]]), frequencies))[0, 0, 0]  # noqa: E731
     np.testing.assert_array_equal(np.asarray(at(0)), np.asarray(x[0, 0, 0]))
     pair = np.array([x[0, 0, 0, 1], x[0, 0, 0, 5]])  # elements i and i + h/2 for i = 1
     angle = 3 * 10_000.0 ** (-1 / 4)

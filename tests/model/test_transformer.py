@@ -8,8 +8,10 @@ import pytest
 from flax import nnx
 from tiny import changed, tiny_config, tiny_model
 
+from bitjax.config import RopeScaling
 from bitjax.infer import pack_model
 from bitjax.model import Transformer, abstract_model, bit_linears, parameter_count
+from bitjax.packing import PackedWeights
 from bitjax.presets import MODELS
 from bitjax.quant import int4_grouped, int8_per_row
 
@@ -20,6 +22,16 @@ VARIANTS = {
     "ternary weights only": {"activations": "float"},
     "llama-shaped": {"sub_norm": False, "tie_embeddings": False, "activation": "silu"},
     "inner norm": {"inner_norm": True, "sub_norm": False},
+    "a norm for each matrix": {"linear_norm_eps": 1e-3, "sub_norm": False},
+    "and sub-norms": {
+        "linear_norm_eps": 1e-3,
+        "activations": "float",
+        "float_layers": ("*.gate_up",),
+    },
+    "float layers": {"float_layers": ("blocks.0.*.o", "*.gate_up"), "inner_norm": True},
+    "linear rotary scaling": {"rope_scaling": RopeScaling("linear", 4.0)},
+    # Wavelengths are 6, 135 and 2,917 positions: one kept, one interpolated, one slowed.
+    "llama3 rotary scaling": {"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 256)},
     "grouped queries": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6},
 }
 
@@ -52,9 +64,18 @@ def decoded(model, tokens, **replaced):
     )
 
 
+def with_random_norms(model):
+    """Norms whose scales are not the ones that they begin with."""
+    rng = np.random.default_rng(0)
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Param) and path[-1] == "scale":
+            node.set_value(jnp.asarray(rng.uniform(0.5, 2, node.shape), jnp.float32))
+    return model
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_against_a_plain_float64_decoder(variant):
-    model = tiny_model(**({"init_std": 0.3} | VARIANTS[variant]))
+    model = with_random_norms(tiny_model(**VARIANTS[variant]))
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, 9)
     expected = decoded(model, tokens)
     check(model, expected, tokens)
@@ -90,10 +111,12 @@ def test_packed_tables_against_a_plain_float64_decoder(tie, form):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "full precision"])
+@pytest.mark.parametrize(
+    "variant", [v for v in VARIANTS if v != "full precision" and "rotary" not in v]
+)
 def test_unfused_packed_logits_equal_the_trained_to_the_bit(variant, dtype):
     """Operation by operation; compiled, XLA may order the sums of norms and softmax anew."""
-    model = tiny_model(dtype=dtype, num_layers=1, **VARIANTS[variant])
+    model = with_random_norms(tiny_model(dtype=dtype, num_layers=1, **VARIANTS[variant]))
     tokens = jax.random.randint(jax.random.key(2), (2, 7), 0, model.config.vocab_size)
     trained = np.asarray(model(tokens))
     for layout in ("ternary2", "ternary1.6"):
@@ -124,9 +147,9 @@ def with_cache(model, tokens):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_cache_in_pieces_equals_one_pass(variant):
-    model = tiny_model(**VARIANTS[variant])
+    model = with_random_norms(tiny_model(**VARIANTS[variant]))
     tokens = jax.random.randint(jax.random.key(1), (2, 10), 0, model.config.vocab_size)
-    np.testing.assert_allclose(with_cache(model, tokens), np.asarray(model(tokens)), atol=2e-5)
+    np.testing.assert_allclose(with_cache(model, tokens), np.asarray(model(tokens)), atol=5e-5)
 
 
 @pytest.mark.parametrize("tables", ["float32", "int8", "int4"])
@@ -208,6 +231,22 @@ def test_presets_have_their_published_size(name):
     count = parameter_count(MODELS[name])
     assert abs(count - published) <= tolerance * published
     assert parameter_count(MODELS[name].full_precision_twin()) == count
+
+
+def test_float_layers_are_known_by_name():
+    config = tiny_config(float_layers=("blocks.0.*.o", "*.gate_up"))
+    for model in (tiny_model(float_layers=config.float_layers), abstract_model(config)):
+        kinds = {n: {layer.weights, layer.activations} for n, layer in bit_linears(model)}
+        assert {name for name, kind in kinds.items() if kind == {"float"}} == {
+            "blocks.0.attention.o", "blocks.0.ffn.gate_up", "blocks.1.ffn.gate_up",
+        }  # fmt: skip
+        assert set().union(*kinds.values()) == {"float", "ternary", "int8"}
+    packed = pack_model(tiny_model(float_layers=config.float_layers))
+    held = {n: isinstance(w.weight.get_value(), PackedWeights) for n, w in bit_linears(packed)}
+    assert held == {name: kind != {"float"} for name, kind in kinds.items()}
+    for build in (abstract_model, lambda config: Transformer(config, rngs=nnx.Rngs(0))):
+        with pytest.raises(ValueError, match=r"^no linear layer matches 'o'; they are blocks\.0\."):
+            build(tiny_config(float_layers=("*.o", "o")))
 
 
 def test_abstract_model_allocates_nothing():

@@ -197,6 +197,60 @@ def test_dequantized_matmul_leaves_activations_alone(layout, per_row):
     assert (np.abs(y - exact) <= error).all()
 
 
+@functools.partial(jax.jit, static_argnames="impl")
+def float_product(x, packed, impl):
+    return ops.dequantized_matmul(x, packed, impl)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1, 1e30])
+@pytest.mark.parametrize("layout", ["ternary2", "ternary1.6"])
+def test_activations_in_int8_parts_lose_nothing(layout, size, dtype):
+    w, packed = make(23, 300, layout, per_row=True)
+    x = jax.random.normal(jax.random.key(4), (2, 3, 300)).at[0, 0, 5].set(1000.0)
+    x = (x.at[1, 1].set(0) * size).astype(dtype)
+    wide_x, scaled = wide(x), w * np.asarray(packed.scale, np.float64)[:, None]
+    exact = wide_x @ scaled.T
+    for impl in ("ffi", "auto", "reference"):
+        y = float_product(x, packed, impl)
+        assert (y.dtype, y.shape) == (dtype, (2, 3, 23))
+        # Every element errs by 254^-parts of its row's largest at most, and each of the parts'
+        # products, as large as that largest times the row's weights, by three roundings.
+        parts = 3 if dtype == jnp.float32 else 2
+        unit = np.abs(wide_x).max(-1, keepdims=True) * np.abs(scaled).sum(-1)
+        limit = (1.01 * 254.0**-parts + 6 * 2.0**-24) * unit
+        if impl == "reference":  # sums of 300 products, of bfloat16 without loss
+            limit = 300 * 2.0**-24 * unit
+        rounding = 0 if dtype == jnp.float32 else 2.0**-8 * np.abs(exact)
+        assert (np.abs(wide(y) - exact) <= limit + rounding).all(), impl
+        assert not wide(y)[1, 1].any()
+
+
+def test_rows_that_are_not_finite_in_parts():
+    _, packed = make(23, 33)
+    x = jnp.ones((3, 33)).at[0, 3].set(jnp.nan).at[1, 4].set(jnp.inf)
+    y = wide(float_product(x, packed, "ffi"))
+    assert np.isnan(y[:2]).all()
+    assert np.isfinite(y[2]).all()
+
+
+@pytest.mark.parametrize(
+    ("x", "impl", "message"),
+    [
+        (
+            jnp.ones((2, 32)),
+            "auto",
+            r"x is float32\[2, 32\]; wanted float32 or bfloat16 \[\.\.\., 33",
+        ),
+        (jnp.ones((2, 33), jnp.float16), "auto", r"x is float16\[2, 33\]; wanted"),
+        (jnp.ones((2, 33)), "fast", "impl='fast' is not auto, ffi or reference"),
+    ],
+)
+def test_errors_of_dequantized_matmul(x, impl, message):
+    with pytest.raises(ValueError, match=message):
+        ops.dequantized_matmul(x, make(23, 33)[1], impl)
+
+
 def test_auto_runs_the_custom_call_on_cpu():
     _, packed = make(8, 24)
     name = ffi.active_kernel()

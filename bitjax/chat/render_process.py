@@ -1,0 +1,98 @@
+"""Render one chat template, under limits of time, memory and files: run as a script.
+
+Standard input is JSON `{"template": text, "variables": {...}}`, standard output JSON
+`{"text": ...}` or `{"error": what it did}`. The environment is the one that templates are written
+for, that of `transformers`: blocks trimmed, loop controls, `raise_exception`, `strftime_now`,
+`tojson` that escapes nothing, `{% generation %}`.
+
+Imports nothing of bitjax, to start fast.
+"""
+
+import contextlib
+import datetime
+import json
+import sys
+
+CPU_SECONDS = 5
+MEMORY = 1 << 29  # bytes of address space, the interpreter's own included
+MAX_TEXT = 1 << 22  # characters rendered
+
+
+def main() -> None:
+    """Read, limit, render, write."""
+    task = json.loads(sys.stdin.buffer.read())
+    import jinja2
+    import jinja2.ext
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}` marks an answer for training; here it is text like any other."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: object) -> None:
+        raise jinja2.TemplateError(str(message))
+
+    def to_json(
+        value: object,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+            sort_keys=sort_keys,
+        )  # fmt: skip
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    limit()
+    try:
+        template = environment.from_string(task["template"])
+        pieces, length = [], 0
+        for piece in template.generate(**task["variables"]):
+            pieces.append(piece)
+            length += len(piece)
+            if length > MAX_TEXT:
+                raise MemoryError
+        result = {"text": "".join(pieces)}
+    except MemoryError:
+        result = {"error": "took too much memory"}
+    except RecursionError:
+        result = {"error": "calls itself without end"}
+    except jinja2.TemplateSyntaxError as error:
+        result = {"error": f"is malformed at line {error.lineno}: {error.message}"[:500]}
+    except jinja2.TemplateError as error:
+        result = {"error": f"refuses: {error.message}"[:500]}
+    except Exception as error:  # whatever a template's own operations raise
+        result = {"error": f"failed: {type(error).__name__}: {error}"[:500]}
+    sys.stdout.buffer.write(json.dumps(result).encode())
+
+
+def limit() -> None:
+    """Bound what this process may still take; whatever the system cannot bound stays unbounded."""
+    try:
+        import resource
+    except ImportError:  # no POSIX
+        return
+    for name, most in (
+        ("RLIMIT_CPU", CPU_SECONDS),
+        ("RLIMIT_AS", MEMORY),
+        ("RLIMIT_FSIZE", 0),
+        ("RLIMIT_CORE", 0),
+    ):
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(getattr(resource, name), (most, most))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Other engines' formats: checkpoints in, checkpoints out, and their tokenizers."""
