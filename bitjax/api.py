@@ -11,33 +11,40 @@ import warnings
 from pathlib import Path
 
 from bitjax.infer import memory
+from bitjax.interop.formats import format_of, local_path, open_checkpoint
 from bitjax.model import Transformer
 from bitjax.model.files import load_model
 from bitjax.ops import Impl
 
 
 def load(path: str | Path, impl: Impl = "auto", check: bool = True) -> Transformer:
-    """The model in a model file, or the newest one of a run directory.
+    """The model in a model file, the newest one of a run directory, or a released one.
 
-    A file larger than the memory that is available gives a warning, for it will be slow.
+    A file larger than the memory that is available gives a warning, for it will be slow. Hugging
+    Face folders and GGUF files are packed in memory each time: `bitjax convert` makes a model file,
+    which is mapped instead.
 
     Args:
-        path: a `.safetensors` file of bitjax, or a directory written by `bitjax train`.
+        path: a `.safetensors` file of bitjax, a directory written by `bitjax train`, a Hugging Face
+            folder, a GGUF file, or a hub name (owner/name).
         impl: of the packed products, see `bitjax.ops`.
         check: of a file, see `bitjax.model.files.load_model`.
 
     Raises:
         ValueError: nothing there, or nothing readable.
     """
-    path = Path(path)
-    if path.is_dir():
+    source, path = path, local_path(path)
+    kind = format_of(path)
+    if kind in ("huggingface", "gguf"):
+        from bitjax.interop.model_file import build_model
+
+        return build_model(open_checkpoint(source), impl=impl)
+    if kind == "run":
         from bitjax.train import Trainer  # takes a while to import
         from bitjax.train.checkpoint import read_run
 
         config, _, state = read_run(path)
         return Trainer(config).model(state.params)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; give a model file or a run directory")
     about = memory.mapping_warning(path.stat().st_size, memory.available_memory())
     if about:
         warnings.warn(about, stacklevel=2)

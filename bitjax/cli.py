@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, Diverged, ModuleNotFoundError, OSError) as error:
-        print(f"bitjax: {error}", file=sys.stderr)
+        from bitjax.terminal import printable
+
+        print(f"bitjax: {printable(str(error))}", file=sys.stderr)
         return 1
     return 0
 
@@ -65,9 +67,22 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     def model_argument(added: argparse.ArgumentParser) -> None:
-        added.add_argument("model", type=Path, help="a model file, or a run directory")
+        added.add_argument(
+            "model",
+            help="a model file, a run directory, a Hugging Face folder, a GGUF file, or the name "
+            "of a model on the Hugging Face Hub (owner/name)",
+        )
 
-    def packing_arguments(added: argparse.ArgumentParser, bits: str, tables: str) -> None:
+    def i2s_argument(added: argparse.ArgumentParser) -> None:
+        added.add_argument(
+            "--i2s-group",
+            type=int,
+            choices=(128, 64, 4),
+            help="values in a group of a GGUF file's I2_S matrices, where neither the file nor its "
+            "values tell: 128 as built for x86, 64 for Arm, 4 for four rows to a byte",
+        )
+
+    def packing_arguments(added: argparse.ArgumentParser, bits: str, tables: str | None) -> None:
         added.add_argument(
             "--bits",
             choices=tuple(_LAYOUTS),
@@ -87,8 +102,9 @@ def _parser() -> argparse.ArgumentParser:
             "--tables",
             choices=("float32", "bfloat16", "int8", "int4", "screened"),
             default=tables,
-            help="number format of a packed file's embedding and head; screened is bfloat16 with a "
-            f"4-bit screen of the head, exact and nearly as fast as int4 (default: {tables})",
+            help="number format of embedding and head; screened is bfloat16 with a 4-bit screen of "
+            "the head, exact and nearly as fast as int4 (default: "
+            f"{tables or 'float32, in GGUF float16, for Hugging Face bfloat16'})",
         )
         added.add_argument(
             "--columns",
@@ -218,18 +234,39 @@ def _parser() -> argparse.ArgumentParser:
     convert = command(
         "convert",
         _convert,
-        "write a run's model as a file, packed to 2 or 1.6 bits a weight or in float",
+        "write a model in another format: packed, in float, for transformers or llama.cpp",
+        "One tensor is in memory at a time.",
     )
     model_argument(convert)
-    convert.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    convert.add_argument("-o", "--output", type=Path, required=True, metavar="PATH")
     convert.add_argument(
-        "--float", action="store_true", dest="as_float", help="keep float32 weights"
+        "--to",
+        choices=("bitjax", "hf", "hf-bf16", "gguf-tq2_0", "gguf-tq1_0", "gguf-i2_s", "gguf-f16"),
+        help="the format: a model file of bitjax, a Hugging Face folder (packed, or bfloat16 "
+        "master weights), or GGUF (default: gguf-tq2_0 for PATH.gguf, or gguf-f16 if the model is "
+        "float, else bitjax)",
     )
-    packing_arguments(convert, bits="2", tables="float32")
-    convert.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+    convert.add_argument(
+        "--quantize",
+        choices=("ternary",),
+        help="quantise a full-precision model after its training, with int8 activations; it was "
+        "not made for that and gets much worse",
+    )
+    convert.add_argument(
+        "--activations",
+        choices=("int8",),
+        help="quantise the activations of a model with ternary weights alone (TriLM)",
+    )
+    i2s_argument(convert)
+    convert.add_argument(
+        "--float", action="store_true", dest="as_float", help="a model file of float weights"
+    )
+    packing_arguments(convert, bits="2", tables=None)
+    convert.add_argument("--overwrite", action="store_true", help="replace PATH if it exists")
 
-    inspect = command("inspect", _inspect, "show what a model file or a run directory holds")
+    inspect = command("inspect", _inspect, "show what a model holds: tensors, types, scales, zeros")
     model_argument(inspect)
+    i2s_argument(inspect)
 
     dummy = command(
         "dummy",
@@ -412,28 +449,20 @@ def _sampling(arguments: argparse.Namespace) -> SamplingParams:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from bitjax import terminal
-    from bitjax.api import load
-    from bitjax.infer import pack_model
-    from bitjax.model.files import save_model
+    from bitjax.conversion import Conversion, convert
 
-    _refuse_to_replace(arguments)
-    model = load(arguments.model)
-    if not arguments.as_float:
-        model = pack_model(
-            model, _layout(arguments), arguments.tables, arguments.columns,
-            _layer_layouts(arguments),
-        )  # fmt: skip
-    save_model(arguments.output, model)
-    terminal.console.print(
-        f"{arguments.output}: {terminal.size(arguments.output.stat().st_size)}", soft_wrap=True
-    )
+    wanted = Conversion(
+        arguments.to, arguments.quantize, arguments.activations == "int8", arguments.i2s_group,
+        arguments.as_float, _layout(arguments), arguments.tables, arguments.columns,
+        _layer_layouts(arguments), arguments.overwrite,
+    )  # fmt: skip
+    convert(arguments.model, arguments.output, wanted)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from bitjax.inspection import inspect
 
-    inspect(arguments.model)
+    inspect(arguments.model, arguments.i2s_group)
 
 
 def _dummy(arguments: argparse.Namespace) -> None:

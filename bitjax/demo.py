@@ -151,7 +151,9 @@ def _sample(packed: Transformer, directory: Path, prompt: str, seed: int) -> Non
     params = SamplingParams(
         max_new_tokens=packed.config.max_seq_len, temperature=0.8, min_p=0.1, seed=seed
     )
-    console.print(f"\n[bold]{directory / 'ternary-packed.safetensors'}[/bold] continues:\n")
+    console.print(
+        f"\n[bold]{directory / 'ternary-packed.safetensors'}[/bold] continues:\n", markup=True
+    )
     stream_text(Generator(packed), prompt, params)
 
 
@@ -171,6 +173,7 @@ def stream_text(generator: Generator, prompt: str, params: SamplingParams) -> No
         f"prompt in {1000 * done.prefill_seconds:.1f} ms, compiled in {compiled:.1f} s, "
         f"kernel {kernel}[/dim]",
         soft_wrap=True,
+        markup=True,
     )
 
 

@@ -111,7 +111,7 @@ class LlamaCpp:
         params = lib.llama_context_default_params()
         for name in ("n_ctx", "n_batch", "n_ubatch", "n_outputs_max", "n_outputs_max_per_seq"):
             setattr(params, name, length)
-        params.n_threads = params.n_threads_batch = 2
+        params.n_threads = params.n_threads_batch = 1  # more would spin where others compute
         params.flash_attn_type = 0  # disabled: it computes in float16
         params.type_k = params.type_v = F32
         self._context = lib.llama_init_from_model(self._model, params)

@@ -17,7 +17,7 @@ LAYERS = [
     {"interop"},
     {"api", "recipe"},
     {"terminal"},
-    {"demo", "inspection", "bench", "chat"},
+    {"demo", "inspection", "conversion", "bench", "chat"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -85,7 +85,9 @@ def checkpoint_of(model: Transformer, origin: str = "the model") -> Checkpoint:
         return np.asarray(values[f"{name}.scale"][...])
 
     shapes = tensor_shapes(config)
-    return Checkpoint(origin, config, read, model.tokenizer)
+    # A model that came without a tokenizer says "bytes"; not every one has as many tokens.
+    fits = model.tokenizer.vocab_size <= config.vocab_size
+    return Checkpoint(origin, config, read, model.tokenizer if fits else None)
 
 
 def layer_of(matrix: str) -> tuple[str, int]:

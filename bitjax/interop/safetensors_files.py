@@ -157,14 +157,16 @@ def open_folder(folder: Path) -> dict[str, StoredTensor]:
     placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(s, str) for s in placed.values()):
         raise ValueError(f"{index} has no weight_map of tensor names to files")
-    tensors: dict[str, StoredTensor] = {}
-    for shard in sorted(set(placed.values())):
+    shards = sorted(set(placed.values()))
+    for shard in shards:
         # Only names of files beside the index: no folders, no drives, no "..".
         if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
             raise ValueError(
                 f"{index} names the file {shard!r:.80}; wanted the name of a safetensors file "
                 "in the same folder"
             )
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards:
         for name, tensor in open_safetensors(folder / shard).items():
             if name in tensors:
                 raise ValueError(f"{tensor.where} is in {tensors[name].path.name} as well")

@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -246,43 +246,47 @@ def rope_factors(config: ModelConfig) -> np.ndarray:
     return (1 / ((1 - share) / scaling.factor + share)).astype(np.float32)
 
 
-def scaling_of(where: str, config: ModelConfig, factors: np.ndarray, context: int) -> RopeScaling:
-    """The llama3 scaling that a file's factors are, which do not say its parameters.
+def scaled(
+    where: str,
+    config: ModelConfig,
+    factors: np.ndarray,
+    context: int,
+    known: Sequence[RopeScaling] = (),
+) -> ModelConfig:
+    """`config` with the llama3 scaling that a file's factors are; they do not say its parameters.
 
-    The largest factor is the scaling's; 1 and 4 turns are the thresholds of all published models,
-    and only the context first trained on is tried: 8,192, what the file says, and what it divides
-    to.
+    What is known is tried first. Else the largest factor is the scaling's, its thresholds are 1 and
+    4 turns, as in all published models, and the context first trained on is 8,192, what the file
+    says, or what its context divides to.
 
     Args:
         where: for messages.
         config: of the file.
         factors: `[h / 2]`.
         context: `rope.scaling.original_context_length`, or 0.
+        known: scalings to try.
 
     Raises:
         ValueError: they are none of these.
     """
+    if config.rope_scaling.kind != "none":
+        raise ValueError(f"{where}: {ROPE_FACTORS} beside linear rotary scaling is not supported")
     if (factors == 1).all():
-        return RopeScaling()
+        return config
     factor = float(factors.max()) if factors.size and np.isfinite(factors).all() else 0.0
+    candidates = [scaling for scaling in known if scaling.kind == "llama3"]
     if factor > 1:
-        divided = max(1, round(config.max_seq_len / factor))
+        divided = round(config.max_seq_len / factor)
         for length in (8192, context, divided, config.max_seq_len):
-            scaling = RopeScaling("llama3", factor, 1.0, 4.0, max(1, length))
-            expected = rope_factors(dataclasses.replace(config, rope_scaling=scaling))
-            if np.allclose(factors, expected, rtol=1e-5, atol=0):
-                return scaling
+            candidates.append(RopeScaling("llama3", factor, 1.0, 4.0, max(1, length)))
+    for scaling in candidates:
+        changed = dataclasses.replace(config, rope_scaling=scaling)
+        if np.allclose(factors, rope_factors(changed), rtol=1e-5, atol=0):
+            return changed
     raise ValueError(
         f"{where}: {ROPE_FACTORS} are not Llama 3's factors (1 to {factor:g}); "
         "other rotary frequencies are not supported"
     )
-
-
-def scaled(where: str, config: ModelConfig, factors: np.ndarray, context: int) -> ModelConfig:
-    """`config` with the scaling of the file's factors."""
-    if config.rope_scaling.kind != "none":
-        raise ValueError(f"{where}: {ROPE_FACTORS} beside linear rotary scaling is not supported")
-    return dataclasses.replace(config, rope_scaling=scaling_of(where, config, factors, context))
 
 
 def matrix_names(config: ModelConfig) -> list[str]:

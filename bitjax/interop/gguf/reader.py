@@ -53,8 +53,9 @@ def read_gguf(path: Path, i2s_group: int | None = None) -> Checkpoint:
     if i2s_group not in (None, *blocks.I2S_GROUPS):
         raise ValueError(f"i2s_group={i2s_group} is not one of {blocks.I2S_GROUPS}")
     file = open_container(Path(path))
-    model = _Matrices(file, _shape(file), i2s_group)
-    model.config = _with_formats(file, model)
+    stated = _stated(file)
+    model = _Matrices(file, _shape(file, stated), i2s_group)
+    model.config = _with_formats(file, model, stated)
     return Checkpoint(str(path), model.config, model.read, _tokenizer(file, model.config))
 
 
@@ -72,7 +73,18 @@ def _tokenizer(file: Container, config: ModelConfig) -> Tokenizer | None:
     return tokenizer
 
 
-def _shape(file: Container) -> ModelConfig:
+def _stated(file: Container) -> ModelConfig | None:
+    """What bitjax wrote of the model beside the standard settings."""
+    text = file.metadata.get(CONFIG_KEY)
+    if text is None:
+        return None
+    try:
+        return from_dict(ModelConfig, json.loads(str(text)), "model.")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file.path}: {CONFIG_KEY} cannot be read: {error}") from None
+
+
+def _shape(file: Container, stated: ModelConfig | None) -> ModelConfig:
     """The shape of the model, of which the file has every tensor and no other."""
     where = str(file.path)
     embedding = file.tensors.get(arch.gguf_name("embedding"))
@@ -109,7 +121,8 @@ def _shape(file: Container) -> ModelConfig:
         factors = _floats(file, arch.ROPE_FACTORS).astype(np.float32)
         settings = arch.Settings(where, file.metadata)
         context = int(settings.number("rope.scaling.original_context_length", 0))
-        config = arch.scaled(where, config, factors, context)
+        known = [stated.rope_scaling] if stated is not None else []
+        config = arch.scaled(where, config, factors, context, known)
     return config
 
 
@@ -122,20 +135,15 @@ def _floats(file: Container, name: str) -> np.ndarray:
     return blocks.decode_float(entry.type, file.raw(name), entry.shape)
 
 
-def _with_formats(file: Container, model: _Matrices) -> ModelConfig:
+def _with_formats(file: Container, model: _Matrices, stated: ModelConfig | None) -> ModelConfig:
     """The configuration with number formats: stated, or found as the module says."""
     config, where = model.config, str(file.path)
     if any(model.kind(name) == "I2_S" for name in arch.matrix_names(config)):
         model.settle_i2s()
-    stated = file.metadata.get(CONFIG_KEY)
     if stated is not None:
-        try:
-            known = from_dict(ModelConfig, json.loads(str(stated)), "model.")
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: {CONFIG_KEY} cannot be read: {error}") from None
-        if len(known.float_layers) > 4 * config.num_layers:
+        if len(stated.float_layers) > 4 * config.num_layers:
             raise ValueError(f"{where}: {CONFIG_KEY} has more float layers than the model layers")
-        return dataclasses.replace(config, **{key: getattr(known, key) for key in STATED})
+        return dataclasses.replace(config, **{key: getattr(stated, key) for key in STATED})
     names = arch.matrix_names(config)
     first = names[: len(arch.MATRICES)]
     types = {file.tensors[arch.gguf_name(name)].type.name for name in names}

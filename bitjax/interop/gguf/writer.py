@@ -95,11 +95,9 @@ def gguf_notes(config: ModelConfig, kind: Kind) -> list[str]:
     check_gguf(config, kind)
     notes = []
     if architecture_of(config) == "bitnet-b1.58":
-        notes.append(
-            "runs in bitnet.cpp and ik_llama.cpp only: llama.cpp's bitnet graph has no ReLU^2"
-        )
+        notes.append("runs in bitnet.cpp; llama.cpp cannot, its bitnet graph has no ReLU^2")
     elif kind == "I2_S":
-        notes.append("runs in bitnet.cpp and ik_llama.cpp only: llama.cpp has no I2_S")
+        notes.append("runs in bitnet.cpp; llama.cpp cannot, it has no I2_S")
     if config.weights == "float":
         return notes
     if kind == "I2_S":
@@ -127,7 +125,7 @@ def write_gguf(
     kind: Kind,
     overwrite: bool = False,
     tables: Table = "F16",
-    on_bytes: Callable[[int], None] = lambda count: None,
+    on_bytes: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Write a checkpoint, one matrix at a time.
 
@@ -137,7 +135,7 @@ def write_gguf(
         kind: how linear layers are stored; float ones as F16 (with kind F32 as F32).
         overwrite: replace a file of that name.
         tables: how embedding and head are stored; F32 with kind F32.
-        on_bytes: told the size of every piece that was written.
+        on_bytes: told how many bytes of tensors are written, and of how many.
 
     Raises:
         ValueError: the file exists, the format cannot express the model (before anything is
@@ -160,7 +158,15 @@ def write_gguf(
         metadata[GROUP_KEY] = GROUP
     metadata |= _tokenizer_metadata(checkpoint)
     tensors = _Tensors(checkpoint, architecture, kind, "F32" if kind == "F32" else tables)
-    write_container(path, metadata, tensors.all(), overwrite, on_bytes)
+    to_write, done = tensors.all(), 0
+    total = sum(blocks.nbytes(tensor.type, tensor.shape) for tensor in to_write)
+
+    def written(count: int) -> None:
+        nonlocal done
+        done += count
+        on_bytes(done, total)
+
+    write_container(path, metadata, to_write, overwrite, written)
 
 
 def _ternary_matrices(config: ModelConfig) -> list[str]:

@@ -188,10 +188,10 @@ class _Folder:
     def _exact_matrix(self, name: str) -> Ternary:
         _, layer, part = name.split(".", 2)
         matrix = self._exact(name)
+        if matrix.cols is not None and part not in ROW_PARALLEL.values():
+            raise ValueError(f"{self.path}: {tensor_name(name, LLAMA)} has scales of columns")
         if part not in ROW_PARALLEL:
             return Ternary(matrix.codes, matrix.rows)
-        if matrix.cols is not None:
-            raise ValueError(f"{self.path}: {tensor_name(name, LLAMA)} has scales of columns")
         inherited = self.column_scales(f"blocks.{layer}.{ROW_PARALLEL[part]}")
         if inherited is None:
             return Ternary(matrix.codes, matrix.rows)

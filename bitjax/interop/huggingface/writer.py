@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -30,7 +29,7 @@ from bitjax.interop.huggingface.names import is_matrix, layer_of, scale_name, te
 from bitjax.interop.huggingface.target import Form, Target, plan, token_ids
 from bitjax.interop.safetensors_files import NewTensor, write_safetensors
 from bitjax.interop.tokenizers import write_huggingface_tokenizer
-from bitjax.quant import WEIGHT_QUANTIZERS, require_finite
+from bitjax.quant import quantize_matrix, require_finite
 from bitjax.text import TextTokenizer
 from bitjax.tokenizer import ByteTokenizer
 
@@ -170,8 +169,7 @@ def _ternary(checkpoint: Checkpoint, name: str) -> Ternary:
         require_finite(f"{checkpoint.origin}: the scale of {name}", value.scale)
         return value
     require_finite(f"{checkpoint.origin}: {name}", value)
-    codes, scale = WEIGHT_QUANTIZERS[checkpoint.config.weights](jnp.asarray(value), ())
-    return Ternary(np.asarray(codes.astype(jnp.int8)), np.asarray(scale).reshape(()))
+    return Ternary(*quantize_matrix(checkpoint.config.weights, value))
 
 
 def _shards(tensors: list[NewTensor], shard_bytes: int) -> list[list[NewTensor]]:
