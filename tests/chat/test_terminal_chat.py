@@ -179,24 +179,22 @@ def test_at_a_real_terminal(path):
     command = [sys.executable, "-m", "bitjax.cli", "chat", str(path), "--max-new-tokens", "8"]
     seen = b""
 
-    def until(mark):
+    def until(happened):
         nonlocal seen
         end = time.monotonic() + 120
-        while mark not in seen:
+        while not happened():
             assert time.monotonic() < end, seen
-            if select.select([ours], [], [], 1)[0]:
+            if select.select([ours], [], [], 0.1)[0]:  # unread, it would hold the process up
                 seen += os.read(ours, 65536)
 
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
     try:
-        until(b"/help lists commands")
-        until(b"> ")
+        until(lambda: b"/help lists commands" in seen and b"> " in seen)
         os.write(ours, b"hello\r")
-        until(b"tokens/s; prompt of")
-        seen = b""
-        until(b"> ")
+        until(lambda: b"tokens/s; prompt of" in seen and seen.rstrip().endswith(b">"))
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
+        until(lambda: process.poll() is not None)
+        assert process.returncode == 0
     finally:
         process.kill()
         process.wait()
