@@ -25,8 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = _parser().parse_args(argv)
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax comments on every directory
+    from bitjax.allocator import reuse_freed_memory
     from bitjax.train import Diverged, Interrupted
 
+    reuse_freed_memory()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -359,9 +361,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _demo(arguments: argparse.Namespace) -> None:
     from bitjax.demo import run_demo
-    from bitjax.train import reuse_freed_memory
 
-    reuse_freed_memory()
     run_demo(arguments.out, arguments.text, arguments.prompt, arguments.seed)
 
 
@@ -369,9 +369,8 @@ def _train(arguments: argparse.Namespace) -> None:
     from bitjax import terminal
     from bitjax.config import override
     from bitjax.recipe import read_recipe
-    from bitjax.train import reuse_freed_memory, train
+    from bitjax.train import train
 
-    reuse_freed_memory()
     config = override(read_recipe(arguments.config), arguments.settings)
     with terminal.training_progress(arguments.config.stem) as on_report:
         train(config, arguments.out, on_report)

@@ -145,30 +145,29 @@ struct Call {
     return &q[((b * s.G + g) * s.rows() + r) * s.h];
   }
 
-  // Token t of sequence b: its queries turned, its keys and values stored.
-  void store(int64_t b, int64_t t) const {
+  // Token t of sequence b with key head g: its queries turned, its key and value stored.
+  void store(int64_t b, int64_t t, int64_t g) const {
     float x[kMaxHeadDim];
     float y[kMaxHeadDim];
     const X* token = qkv + (b * s.T + t) * (s.H + 2 * s.G) * s.h;
     const float* angle = turn + (b * s.T + t) * s.h;
-    const int64_t slot = positions[b * s.T + t];
-    const bool stored = slot >= 0 && slot < s.S;
-    const float scale = 1.0F / std::sqrt(static_cast<float>(s.h));
-    for (int64_t n = 0; n < s.H + s.G; ++n) {
+    const auto load = [&](int64_t n) {
       for (int64_t d = 0; d < s.h; ++d) x[d] = widen(token[n * s.h + d]);
+    };
+    const float scale = 1.0F / std::sqrt(static_cast<float>(s.h));
+    for (int64_t i = 0; i < s.group(); ++i) {
+      load(g * s.group() + i);
       rotate(x, angle, s.h, y);
-      if (n < s.H) {
-        float* to = row(b, n / s.group(), t * s.group() + n % s.group());
-        for (int64_t d = 0; d < s.h; ++d) to[d] = y[d] * scale;
-      } else if (stored) {
-        cache.store_key(s, b * s.G + n - s.H, slot, y);
-      }
+      float* to = row(b, g, t * s.group() + i);
+      for (int64_t d = 0; d < s.h; ++d) to[d] = y[d] * scale;
     }
-    for (int64_t g = 0; stored && g < s.G; ++g) {
-      const X* from = token + (s.H + s.G + g) * s.h;
-      for (int64_t d = 0; d < s.h; ++d) x[d] = widen(from[d]);
-      cache.store_value(s, b * s.G + g, slot, x);
-    }
+    const int64_t slot = positions[b * s.T + t];
+    if (slot < 0 || slot >= s.S) return;
+    load(s.H + g);
+    rotate(x, angle, s.h, y);
+    cache.store_key(s, b * s.G + g, slot, y);
+    load(s.H + s.G + g);
+    cache.store_value(s, b * s.G + g, slot, x);
   }
 
   struct Tile {
@@ -254,16 +253,23 @@ void run(ffi::ThreadPool pool, const Shape& s, Attend<T> attend, const X* qkv, c
       parallel_for(pool, count, body);
     }
   };
-  const auto store = [&](int64_t i) { call.store(i / s.T, i % s.T); };
+  const int64_t tiles = s.B * s.G * s.tiles();
+  const int64_t longest = *std::max_element(call.seen.begin(), call.seen.end()) + 1;
+  const int64_t splits = (longest + kSplitSlots - 1) / kSplitSlots;
+  if (splits == 1 && s.tiles() == 1) {  // a tile is all that sees what it stores
+    return each(tiles, [&](int64_t number) {
+      for (int64_t t = 0; t < s.T; ++t) call.store(number / s.G, t, number % s.G);
+      call.whole_tile(number);
+    });
+  }
+  const auto store = [&](int64_t i) {
+    for (int64_t g = 0; g < s.G; ++g) call.store(i / s.T, i % s.T, g);
+  };
   if (s.B * s.T < 8) {  // a few us; threads would spend as much on meeting
     for (int64_t i = 0; i < s.B * s.T; ++i) store(i);
   } else {
     each(s.B * s.T, store);
   }
-
-  const int64_t tiles = s.B * s.G * s.tiles();
-  const int64_t longest = *std::max_element(call.seen.begin(), call.seen.end()) + 1;
-  const int64_t splits = (longest + kSplitSlots - 1) / kSplitSlots;
   if (splits == 1 || s.tiles() > 8) {  // enough tiles to share out whole
     return each(tiles, [&](int64_t number) { call.whole_tile(number); });
   }

@@ -73,20 +73,20 @@ def seeds():
     files = [model_file(entries=tokenizer_entries()), model_file("bitnet")]
     factors = {"rope_freqs.weight": np.ones(2, np.float32)}
     files.append(model_file(tensors=model_tensors(head=True) | factors))
-    kinds = [kind for kind in blocks.TYPES.values() if kind.name != "F32"]
-    for first in range(0, len(kinds), 7):  # as many matrices as a block has
+    names = [
+        name for name, shape in model_shapes("bitnet-b1.58", **SIZES).items()
+        if len(shape) == 2 and name.startswith("blk")
+    ]  # fmt: skip
+    floats = [kind for name, kind in blocks.BY_NAME.items() if name not in ("F32", *blocks.TERNARY)]
+    forms = [floats[:7], [*floats[7:], floats[7], floats[7]]]
+    forms += [[blocks.BY_NAME[name]] * 7 for name in blocks.TERNARY]
+    for form in forms:  # a type for each matrix of a block
         stored = {}
-        names = [
-            name for name, shape in model_shapes("bitnet-b1.58", **SIZES).items()
-            if len(shape) == 2 and name.startswith("blk")
-        ]  # fmt: skip
-        for name, kind in zip(names, kinds[first : first + 7], strict=False):
+        for name, kind in zip(names, form, strict=True):
             shape = model_shapes("bitnet-b1.58", **SIZES)[name]
+            raw = np.zeros(blocks.nbytes(kind, shape), np.uint8)
             if kind.name == "I2_S":
-                codes = rng.integers(-1, 2, shape, np.int8)
-                raw = blocks.encode_i2s(codes, 0.5)
-            else:
-                raw = np.zeros(blocks.nbytes(kind, shape), np.uint8)
+                raw = blocks.encode_i2s(rng.integers(-1, 2, shape, np.int8), 0.5)
             stored[name] = kind.number, raw.tobytes()
         group = [entry("bitjax.i2s_group", U32, 128)]
         tensors = model_tensors("bitnet-b1.58", **SIZES)

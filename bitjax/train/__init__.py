@@ -1,10 +1,9 @@
 """Training: data, optimiser, step, loop and checkpoints."""
 
 from bitjax.train.loop import Diverged, Interrupted, Report, read_metrics, train
-from bitjax.train.memory import reuse_freed_memory
 from bitjax.train.step import Trainer, TrainState, cross_entropy
 
 __all__ = [
     "Diverged", "Interrupted", "Report", "TrainState", "Trainer", "cross_entropy", "read_metrics",
-    "reuse_freed_memory", "train",
+    "train",
 ]  # fmt: skip

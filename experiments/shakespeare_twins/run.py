@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from bitjax import terminal
+from bitjax.allocator import reuse_freed_memory
 from bitjax.config import WeightQuantizer
 from bitjax.evaluate import model_scorer, score_text
 from bitjax.presets import shakespeare
-from bitjax.train import Trainer, data, read_metrics, reuse_freed_memory, train
+from bitjax.train import Trainer, data, read_metrics, train
 
 HERE = Path(__file__).parent
 ARMS: dict[str, WeightQuantizer] = {"ternary": "ternary", "full precision": "float"}

@@ -5,13 +5,13 @@ import itertools
 
 import numpy as np
 import pytest
-from checkpoints import checkpoint_of
 from llama_cpp import LlamaCpp
 from texts import EDGES, mixed_text, random_texts, small_tokenizer, smollm2_file
 from tiny import tiny_model
 
 from bitjax.interop.gguf import write_gguf
 from bitjax.interop.gguf.container import open_container
+from bitjax.interop.model_file import checkpoint_of
 from bitjax.interop.tokenizers import gguf_metadata, tokenizer_from_gguf
 from bitjax.interop.tokenizers.documents import (
     Added,

@@ -3,7 +3,7 @@ import sys
 
 CODE = """
 import ctypes, resource
-from bitjax.train.memory import reuse_freed_memory
+from bitjax.allocator import reuse_freed_memory
 assert reuse_freed_memory() is {reuse}
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]

@@ -2,7 +2,8 @@
 
 XLA on CPU frees its temporary buffers after every step. glibc gives blocks of that size back to
 the system at once, so the next step takes a page fault for every 4 KiB it touches: a quarter of
-the time of a small model's step.
+the time of a small model's training step, a tenth of a decoding step of 32 sequences with 128,256
+tokens to choose from.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _M_ARENA_MAX = -8
 
 
 def reuse_freed_memory() -> bool:
-    """Tell glibc's allocator never to return memory; for processes that only train.
+    """Tell glibc's allocator never to return memory; for processes that train or run a model.
 
     Call it before the first step. Process-wide; peak memory stays, idle memory is not given back.
 
