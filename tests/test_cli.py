@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import safetensors.numpy
+from texts import small_tokenizer
 from tiny import changed, tiny_model
 
 from bitjax import cli
@@ -401,3 +402,22 @@ def test_damaged_weights_are_one_sentence(tmp_path, capsys, tensor, value, messa
     path.write_bytes(raw)
     for command in ("generate", "eval", "inspect"):
         fails(capsys, message, command, path)
+
+
+def test_a_model_with_a_tokenizer(text, tmp_path, capsys):
+    """Its tokens serve evaluation, generation and inspection, and stay through a conversion."""
+    model = tiny_model(vocab_size=272, num_layers=1)
+    model.tokenizer = small_tokenizer()
+    first, packed = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_model(first, model)
+    assert run("convert", first, "-o", packed) == 0
+    capsys.readouterr()
+    assert run("eval", packed, "--text", text, "--window", 16) == 0
+    out = capsys.readouterr().out
+    assert "tokens scored" in out
+    scored = len(small_tokenizer().encode(text.read_text())) - 1
+    assert f"{scored:,}" in out
+    assert run("generate", packed, "--prompt", "hello", "--max-new-tokens", 3) == 0
+    assert capsys.readouterr().out.startswith("hello")
+    assert run("inspect", packed) == 0
+    assert "272 tokens, chat template" in " ".join(capsys.readouterr().out.split())

@@ -6,10 +6,12 @@ import math
 import numpy as np
 import pytest
 from flax import nnx
+from texts import small_tokenizer
 from tiny import tiny_model
 
-from bitjax.evaluate import TextScore, model_scorer, score_text
+from bitjax.evaluate import TextScore, model_scorer, score_text, tokens_of
 from bitjax.infer import pack_model
+from bitjax.tokenizer import BYTES
 
 
 class Toy:
@@ -165,3 +167,26 @@ def test_a_model_scores_a_text_longer_than_its_windows():
         losses += list(row[0 if start == 0 else 4 : len(window) - 1])
     assert len(losses) == score.tokens == 29
     assert score.nats_per_token == pytest.approx(np.mean(losses), rel=1e-6)
+
+
+def test_tokens_of_a_text():
+    raw = "hello world é".encode()
+    tokens, scored = tokens_of(BYTES, raw, "t")
+    assert (tokens.tolist(), scored) == (list(raw), len(raw) - 1)
+    # hello| wor|ld| |é: all but the first five bytes are predicted.
+    tokens, scored = tokens_of(small_tokenizer(), raw, "t")
+    assert (len(tokens), scored) == (5, len(raw) - 5)
+    # With a token before them, all are.
+    tokens, scored = tokens_of(small_tokenizer(add_bos=True), raw, "t")
+    assert (len(tokens), scored) == (6, len(raw))
+    with pytest.raises(ValueError, match="t is not UTF-8 at byte 2"):
+        tokens_of(small_tokenizer(), b"ab\xff", "t")
+
+
+def test_bits_of_a_text_in_tokens():
+    """The same text costs the same bits a byte, whatever its tokens: here log2 of 16 a token."""
+    tokens, scored = tokens_of(small_tokenizer(), b"hello world hello world", "t")
+    score = score_text(lambda w: np.full((16, 4), math.log(16)), tokens, 4, scored_bytes=scored)
+    assert score.tokens == len(tokens) - 1
+    assert score.bits_per_byte == pytest.approx(4 * (len(tokens) - 1) / 18)
+    assert score.perplexity == pytest.approx(16)

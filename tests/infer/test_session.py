@@ -30,11 +30,11 @@ def drawn(running, prompt, count=6):
 
 
 def test_turn_by_turn(generator):
-    running, prompt = Session(generator), list(b"a first question")
-    for turn, more in enumerate((b" and one", b"", b" the last, which is somewhat longer " * 2)):
+    running, prompt, kept = Session(generator), list(b"a first question"), 0
+    for more in (b" and one", b"", b" the last, which is somewhat longer " * 2):
         answer = drawn(running, prompt)
         assert answer == from_scratch(generator, prompt)
-        assert running.reused == (0 if turn == 0 else kept)
+        assert running.reused == kept
         # All but the last token drawn have been fed.
         kept = len(prompt) + len(answer) - 1
         prompt = [*prompt, *answer, *more]

@@ -215,10 +215,10 @@ def test_malformed_post_processors(folder, processor):
 
 def test_a_bos_beyond_the_vocabulary(folder):
     document(folder, post_processor={"type": "RobertaProcessing", "cls": ["x", 5000]})
-    with pytest.raises(ValueError, match="special token 5000 is not in"):
+    with pytest.raises(ValueError, match="special token 5000 is not"):
         read_huggingface_tokenizer(folder)
 
 
 def test_unwritable(tmp_path):
-    with pytest.raises(ValueError, match="cannot write .*missing: No such file or directory"):
+    with pytest.raises(ValueError, match=r"cannot write .*missing: No such file or directory"):
         write_huggingface_tokenizer(tmp_path / "missing", small_tokenizer())

@@ -80,7 +80,8 @@ def trained(**settings):
     model = io.BytesIO()
     library().SentencePieceTrainer.train(
         sentence_iterator=iter(corpus()), model_writer=model, minloglevel=2,
-        vocab_size=380 if settings.get("byte_fallback") else 110, hard_vocab_limit=False, **settings,
+        vocab_size=380 if settings.get("byte_fallback") else 110, hard_vocab_limit=False,
+        **settings,
     )  # fmt: skip
     return model.getvalue()
 
