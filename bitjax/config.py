@@ -98,6 +98,11 @@ class ModelConfig:
             "choose one",
         )
         _require(
+            len(self.float_layers) <= 4 * self.num_layers,
+            f"model.float_layers has {len(self.float_layers)} patterns for "
+            f"{4 * self.num_layers} linear layers",
+        )
+        _require(
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_heads={self.num_heads} is not a multiple of "
             f"model.num_kv_heads={self.num_kv_heads}",
