@@ -241,7 +241,8 @@ def from_dict(kind: type[C], data: Any, where: str = "") -> C:
     hints = typing.get_type_hints(kind)
     known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for key in data:
-        _require(key in known, f"unknown setting {where}{key}; {name} has {', '.join(known)}")
+        shown = key if str(key).isprintable() else repr(key)
+        _require(key in known, f"unknown setting {where}{shown}; {name} has {', '.join(known)}")
 
     def value_of(key: str, value: Any) -> Any:
         if dataclasses.is_dataclass(hints[key]):

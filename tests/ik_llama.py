@@ -44,6 +44,8 @@ def main():
     params.n_ctx = params.n_batch = params.n_ubatch = 256
     params.n_threads = params.n_threads_batch = 1
     params.logits_all = True
+    params.flash_attn = False  # it computes in float16
+    params.type_k = 0  # float32; values have to be float16
     context = api.llama_init_from_model(model, params)
     vocab_size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
     batch = api.llama_batch_init(len(tokens), 0, 1)

@@ -347,6 +347,9 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
     header.pop("__metadata__", None)
+    for name in header:
+        if not name.isprintable():  # nor would be the messages that quote it
+            raise ValueError(f"{path}: the tensor name {name!r:.80} is not printable")
     return header, 8 + length
 
 

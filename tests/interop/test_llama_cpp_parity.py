@@ -3,8 +3,8 @@
 Both compute in float32 where files hold floats. A matrix product of K values rounds each sum by at
 most K * 2^-24 of the sum of magnitudes, however it is ordered; a block's seven products, with
 K <= 1,536, by less than 7e-4 together, and errors of blocks add up as squares do (they are of
-either sign). So logits of n blocks are compared to 7e-4 * sqrt(n) of the largest; what is measured
-is a hundredth of that. Perplexity and text follow from logits.
+either sign). So logits of n blocks are compared to 7e-4 * sqrt(n) of the largest. (SmolLM2's differ
+by 3e-6.) Perplexity and text follow from logits.
 """
 
 import importlib.util
@@ -33,7 +33,6 @@ from bitjax.interop.gguf import read_gguf, write_gguf
 from bitjax.interop.model_file import build_model, checkpoint_of
 from bitjax.model.files import parameters
 
-rng = np.random.default_rng(5)
 BOUND = 7e-4
 SHAKESPEARE = Path(__file__).parents[2] / "bitjax" / "data" / "tinyshakespeare.txt"
 
@@ -103,26 +102,26 @@ def test_our_files_in_llama_cpp(tmp_path, changes):
     random_norms(model)
     path = tmp_path / "model.gguf"
     write_gguf(path, checkpoint_of(model), "F32")
-    tokens = rng.integers(0, 256, 40)
+    tokens = np.random.default_rng(5).integers(0, 256, 40)
     ours = logits_of(model, tokens)
     with LlamaCpp(path) as theirs:
         assert_close(ours, theirs.logits(tokens), model.config.num_layers)
-    assert_close(logits_of(build_model(read_gguf(path)), tokens), ours, model.config.num_layers)
 
 
 def test_relu2_files_in_ik_llama_cpp(tmp_path):
-    """The architecture bitnet-b1.58, which llama.cpp has not got. The cache is float16 there: keys
-    and values are rounded by up to 2^-11, four times as much as the bound above."""
+    """The architecture bitnet-b1.58, which llama.cpp has not got. Attention rounds values and its
+    weights to float16 there, by up to 2^-11 each: 2e-3 in two blocks, besides the bound above."""
     model = tiny_model(hidden_size=64, head_dim=16, activations="float", norm_eps=1e-4)
     random_norms(model)
     path = tmp_path / "model.gguf"
     write_gguf(path, checkpoint_of(model), "F32")
-    tokens = rng.integers(0, 256, 40)
+    tokens = np.random.default_rng(5).integers(0, 256, 40)
     ours, theirs = logits_of(model, tokens), ik_llama.logits(path, tokens, tmp_path)
-    assert np.abs(ours - theirs).max() <= 4 * BOUND * np.abs(theirs).max()
+    assert np.abs(ours - theirs).max() <= (2e-3 + BOUND) * np.abs(theirs).max()
 
 
 def random_norms(model):
+    rng = np.random.default_rng(6)
     for _, parameter in parameters(model):
         if len(parameter.shape) == 1:
             parameter.set_value(rng.uniform(0.5, 2, parameter.shape).astype(np.float32))

@@ -28,14 +28,18 @@ pytest.importorskip("transformers", reason="the extra parity has transformers")
 pytest.importorskip("accelerate", reason="the extra parity has accelerate")
 
 import transformers_models as theirs  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
 from transformers_models import TOKENS, Variant, rope  # noqa: E402
 
+from bitjax.infer.generator import Generator  # noqa: E402
+from bitjax.infer.sampling import SamplingParams  # noqa: E402
 from bitjax.interop.checkpoint import Ternary, tensor_shapes  # noqa: E402
 from bitjax.interop.huggingface import read_huggingface, write_huggingface  # noqa: E402
 from bitjax.interop.huggingface.names import BITNET, is_matrix, layer_of, tensor_name  # noqa: E402
 from bitjax.interop.model_file import build_model, checkpoint_of, matrices_of  # noqa: E402
 from bitjax.model import bit_linears  # noqa: E402
 from bitjax.quant import ternary  # noqa: E402
+from bitjax.tokenizer import ByteTokenizer  # noqa: E402
 
 ROUNDED, FLIPPED = 5e-5, 0.15
 # The mean of up to 2048 numbers, summed in another order: 11 * 2^-24; two reciprocals.
@@ -274,3 +278,18 @@ def test_our_own_model_into_theirs(tmp_path):
     assert dataclasses.replace(read_huggingface(tmp_path / "packed").config, init_std=0.3) == (
         model.config
     )
+
+
+def test_greedy_text_of_our_model(tmp_path):
+    """Transformers, with the tokenizer in the folder, continues a prompt as our generator does."""
+    model = tiny_model(head_dim=8, intermediate_size=48)
+    params = SamplingParams(max_new_tokens=24, temperature=0)
+    ours = Generator(model).generate(["Grüße"], params)[0].text
+    write_huggingface(tmp_path, checkpoint_of(model), rest="float32", overwrite=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    prompt = tokenizer("Grüße", return_tensors="pt").input_ids
+    with torch.no_grad():
+        found = theirs.load(tmp_path).generate(
+            prompt, max_new_tokens=24, do_sample=False, pad_token_id=0
+        )
+    assert ByteTokenizer().decode(found[0, prompt.shape[1] :].tolist()) == ours
