@@ -28,7 +28,6 @@ import traceback
 from pathlib import Path
 
 import fuzz_mutations as damage
-import numpy as np
 
 CASE_SECONDS = 20
 CASE_BYTES = 2**30
@@ -37,6 +36,7 @@ FORMATS = ("bitjax", "huggingface", "gguf")
 
 def seed_files(folder):
     """Valid models of every form: format -> folders, or files, to be copied and damaged."""
+    from gguf_seeds import seeds as gguf_files
     from texts import small_tokenizer
     from tiny import tiny_model
 
@@ -91,31 +91,9 @@ def seed_files(folder):
         made = model(vocab_size=300, **llama, **wide)
         made.tokenizer = BYTES  # the other one's way of cutting words has no name in GGUF
         write_gguf(path("gguf"), checkpoint_of(made), kind)
-    for raw in _gguf_files():
+    for raw in gguf_files():
         path("gguf").write_bytes(raw)
     return found
-
-
-def _gguf_files():
-    """Files of every tensor type, tokenizer entries and architectures that we do not write."""
-    from gguf_files import model_file, model_shapes, model_tensors
-    from gguf_fuzz import SETTINGS, SIZES, tokenizer_entries
-
-    from bitjax.interop.gguf import blocks
-
-    yield model_file(entries=tokenizer_entries())
-    yield model_file("bitnet")
-    yield model_file(tensors=model_tensors(head=True) | {"rope_freqs.weight": np.ones(2, "f4")})
-    shapes = {
-        name: shape for name, shape in model_shapes("llama", **SIZES).items()
-        if len(shape) == 2 and name.startswith("blk")
-    }  # fmt: skip
-    for kind in blocks.TYPES.values():
-        if kind.name != "I2_S":  # which we write
-            stored = {name: (kind.number, bytes(blocks.nbytes(kind, shape)))
-                      for name, shape in shapes.items()}  # fmt: skip
-            tensors = model_tensors("llama", **SIZES)
-            yield model_file("llama", tensors=tensors, stored=stored, **SETTINGS)
 
 
 def damaged_copy(sources, seed, folder):
