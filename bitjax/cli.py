@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitjax import __version__
+from bitjax.printable import printable
 
 if TYPE_CHECKING:
     from bitjax.infer import SamplingParams
@@ -43,8 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, Diverged, ModuleNotFoundError, OSError) as error:
-        from bitjax.terminal import printable
-
         print(f"bitjax: {printable(str(error))}", file=sys.stderr)
         return 1
     return 0

@@ -98,6 +98,11 @@ class ModelConfig:
             "choose one",
         )
         _require(
+            len(self.float_layers) <= 4 * self.num_layers,
+            f"model.float_layers has {len(self.float_layers)} patterns for "
+            f"{4 * self.num_layers} linear layers",
+        )
+        _require(
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_heads={self.num_heads} is not a multiple of "
             f"model.num_kv_heads={self.num_kv_heads}",
@@ -241,7 +246,8 @@ def from_dict(kind: type[C], data: Any, where: str = "") -> C:
     hints = typing.get_type_hints(kind)
     known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for key in data:
-        _require(key in known, f"unknown setting {where}{key}; {name} has {', '.join(known)}")
+        shown = key if str(key).isprintable() else repr(key)
+        _require(key in known, f"unknown setting {where}{shown}; {name} has {', '.join(known)}")
 
     def value_of(key: str, value: Any) -> Any:
         if dataclasses.is_dataclass(hints[key]):

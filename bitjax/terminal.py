@@ -20,18 +20,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from bitjax.printable import printable
 from bitjax.train import Report
 
 # Names in files, and texts, may look like markup or names of pictures (:smile:).
 console = Console(highlight=False, markup=False, emoji=False)
-
-
-def printable(text: str) -> str:
-    """Text without control characters, which a file may hold to move a terminal's cursor.
-
-    Each of them, but for line ends, becomes its escape: `\\x1b`.
-    """
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 @contextmanager
@@ -103,7 +96,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = ""
     for i, column in enumerate(columns):
         drawn.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
-        drawn.add_row(*(printable(str(cell)) for cell in row))
+        drawn.add_row(*(printable(str(cell), keep="\n") for cell in row))
     console.print(drawn)
 
 

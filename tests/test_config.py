@@ -204,6 +204,8 @@ def test_positive(section, field, value):
         (ModelConfig, {"linear_norm_eps": 1e-6, "inner_norm": True},
          "model.inner_norm and model.linear_norm_eps both put a norm before every matrix; choose "
          "one"),
+        (ModelConfig, {"num_layers": 1, "float_layers": ("*",) * 5},
+         "model.float_layers has 5 patterns for 4 linear layers"),
         (RopeScaling, {"low_freq_factor": 4.0},
          "rope_scaling.low_freq_factor=4.0 is not below rope_scaling.high_freq_factor=4.0"),
         (DataConfig, {"valid_fraction": 0}, "data.valid_fraction=0 is not between 0 and 1"),

@@ -4,6 +4,7 @@ import pytest
 from rich.console import Console
 
 from bitjax import terminal
+from bitjax.printable import printable
 from bitjax.train import Report
 
 
@@ -61,4 +62,5 @@ def test_names_in_files_do_not_reach_the_terminal_as_commands(capsys):
     terminal.table(("tensor",), [("[/bold]:smile:\x1b[2J\r\u202e",)])
     out = capsys.readouterr().out
     assert r"[/bold]:smile:\x1b[2J\r\u202e" in out
-    assert terminal.printable("\u00e4 b\nc\t\x7f") == "\u00e4 b\nc\\t\\x7f"
+    assert printable("\u00e4 b\nc\t\x7f\ud800") == r"ä b\nc\t\x7f\ud800"
+    assert printable("a\nb\t", keep="\n") == "a\nb\\t"

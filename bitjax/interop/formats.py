@@ -9,6 +9,7 @@ from typing import Literal
 from bitjax.config import WeightQuantizer
 from bitjax.interop.checkpoint import Checkpoint
 from bitjax.interop.hub import download, is_hub_name
+from bitjax.printable import printable
 from bitjax.quant import WEIGHT_QUANTIZERS
 
 Format = Literal["run", "bitjax", "huggingface", "gguf"]
@@ -75,33 +76,40 @@ def open_checkpoint(source: str | Path, i2s_group: int | None = None) -> Checkpo
         i2s_group: of a GGUF file, see `bitjax.interop.gguf.read_gguf`.
 
     Raises:
-        ValueError: nothing there, or nothing that can be read.
+        ValueError: nothing there, or nothing that can be read; what it quotes of the file is
+            printable.
     """
     path = local_path(source)
     kind = format_of(path)
     if i2s_group is not None and kind != "gguf":
         raise ValueError(f"{source} is no GGUF file, so it has no groups of I2_S")
+    try:
+        found = _open(path, kind, i2s_group)
+    except ValueError as error:
+        raise ValueError(printable(str(error))) from error
+    return dataclasses.replace(found, origin=str(source))
+
+
+def _open(path: Path, kind: Format, i2s_group: int | None) -> Checkpoint:
     # Each takes a while to import.
     if kind == "gguf":
         from bitjax.interop.gguf import read_gguf
 
-        found = read_gguf(path, i2s_group)
-    elif kind == "huggingface":
+        return read_gguf(path, i2s_group)
+    if kind == "huggingface":
         from bitjax.interop.huggingface import read_huggingface
 
-        found = read_huggingface(path)
-    elif kind == "run":
+        return read_huggingface(path)
+    if kind == "run":
         from bitjax.interop.model_file import checkpoint_of
         from bitjax.train import Trainer
         from bitjax.train.checkpoint import read_run
 
         config, _, state = read_run(path)
-        found = checkpoint_of(Trainer(config).model(state.params), str(path))
-    else:
-        from bitjax.interop.model_file import read_model
+        return checkpoint_of(Trainer(config).model(state.params), str(path))
+    from bitjax.interop.model_file import read_model
 
-        found = read_model(path)
-    return dataclasses.replace(found, origin=str(source))
+    return read_model(path)
 
 
 def quantized(checkpoint: Checkpoint, weights: WeightQuantizer) -> Checkpoint:

@@ -137,6 +137,8 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
+        if not name.isprintable():  # nor would be the messages that quote it
+            raise ValueError(f"{path}: the tensor name {name!r:.80} is not printable")
         first, last = (8 + length + offset for offset in entry["data_offsets"])
         raw = np.asarray(data[first:last])
         tensors[name] = StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]), raw)

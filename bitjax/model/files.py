@@ -163,7 +163,10 @@ def load_model(
     text = None if stored == BYTES.name else tensors.pop(TENSOR, None)
     tokenizer = read_tokenizer(path, stored, text, config.vocab_size)
     _check_layers(path, config, tensors)
-    model = abstract_model(config, dtype)
+    try:
+        model = abstract_model(config, dtype)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     for name, parameter in parameters(model):
         parameter.set_value(_take(path, name, parameter.get_value(), tensors, check))
     head = (model.embedding if model.head is None else model.head).get_value()
@@ -173,8 +176,10 @@ def load_model(
         raise ValueError(f"{path} holds tensors that its configuration has no place for: "
                          f"{', '.join(sorted(tensors)[:3])}")  # fmt: skip
     model.impl, model.tokenizer = impl, tokenizer
-    for _, layer in bit_linears(model):
+    for name, layer in bit_linears(model):
         layer.impl = impl
+        if layer.weights == "float" and isinstance(layer.weight.get_value(), PackedWeights):
+            raise ValueError(f"{path}: {name} is packed; its configuration has it in float")
     return model
 
 
@@ -257,10 +262,13 @@ def _take(
     if name not in tensors:
         raise ValueError(f"{where} is missing")
     value = tensors.pop(name)
-    if value.shape != like.shape or value.dtype == np.uint8:
+    vector = len(like.shape) == 1 or name.endswith(".norm.scale")
+    if value.shape != like.shape or value.dtype == np.uint8 or (
+        vector and value.dtype != np.float32
+    ):  # fmt: skip
         raise ValueError(
-            f"{where} is {value.dtype}{list(value.shape)}; the configuration needs a float "
-            f"{list(like.shape)}"
+            f"{where} is {value.dtype}{list(value.shape)}; the configuration needs a "
+            f"{'float32' if vector else 'float'} {list(like.shape)}"
         )
     if check_codes:
         require_finite(where, value)
@@ -347,6 +355,9 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
     header.pop("__metadata__", None)
+    for name in header:
+        if not name.isprintable():  # nor would be the messages that quote it
+            raise ValueError(f"{path}: the tensor name {name!r:.80} is not printable")
     return header, 8 + length
 
 

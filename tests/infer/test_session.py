@@ -14,7 +14,7 @@ GREEDY = SamplingParams(temperature=0, max_new_tokens=6)
 
 @pytest.fixture(scope="module")
 def generator():
-    model = tiny_model(vocab_size=272, num_layers=2, max_seq_len=200)
+    model = tiny_model(vocab_size=272, num_layers=1, max_seq_len=200)
     model.tokenizer = small_tokenizer(stop=())
     return Generator(pack_model(model))
 
@@ -61,10 +61,10 @@ def test_the_same_prompt_again_and_a_shorter_one(generator):
 
 
 def test_long_prompts_come_in_parts(generator, monkeypatch):
-    monkeypatch.setattr(session, "PREFILL_TOKENS", 32)
-    running, prompt = Session(generator), list(range(100))
+    monkeypatch.setattr(session, "PREFILL_TOKENS", 16)
+    running, prompt = Session(generator), list(range(40))
     assert drawn(running, prompt) == from_scratch(generator, prompt)
-    longer = [*prompt, *range(70)]
+    longer = [*prompt, *range(20)]
     assert drawn(running, longer) == from_scratch(generator, longer)
 
 

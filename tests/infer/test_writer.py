@@ -10,8 +10,8 @@ from bitjax.infer.writer import TextWriter
 HELLO, WORLD, START, END = 259, 262, 268, 269
 
 
-def written(tokens, room=9, **params):
-    writer = TextWriter(small_tokenizer(), SamplingParams(**params), room)
+def written(tokens, room=9, end=END, **params):
+    writer = TextWriter(small_tokenizer(stop=(end,)), SamplingParams(**params), room)
     pieces = [writer.feed(token) for token in tokens]
     return pieces, writer
 
@@ -20,6 +20,12 @@ def test_a_token_that_ends_texts():
     pieces, writer = written([HELLO, WORLD, END, HELLO])
     assert pieces == ["hello", " wor", "", ""]
     assert (writer.text, writer.finish_reason, writer.tokens) == ("hello wor", "stop", 3)
+
+
+def test_its_text_is_not_part_of_the_text():
+    pieces, writer = written([WORLD, HELLO], end=HELLO)
+    assert pieces == [" wor", ""]
+    assert writer.finish_reason == "stop"
 
 
 def test_at_the_last_token_it_is_still_a_stop():

@@ -27,12 +27,12 @@ from bitjax.text import document as documents
 from bitjax.text.tokenizer import CHARACTER_OF
 from bitjax.tokenizer import BYTES
 
-TEXTS = [*EDGES, *random_texts(60, seed=1)]
+TEXTS = [*EDGES, *random_texts(60, seed=1), "whole words, a whole", "wholewords"]
 
 
 def greedy_merges(count):
     """Pairs that are common in `TEXTS` wherever words may end: how text is cut shows in tokens."""
-    words = [[CHARACTER_OF[byte] for byte in text.encode()] for text in TEXTS]
+    words = [[CHARACTER_OF[byte] for byte in text.encode()] for text in TEXTS[:-2]]
     words.append([CHARACTER_OF[byte] for byte in b" 12 345 !? \n\n  I'll d 's ..."] * 3)
     merges = []
     for _ in range(count):
@@ -76,6 +76,8 @@ def words_vocabulary():
     vocabulary = {CHARACTER_OF[byte]: byte for byte in range(256)}
     for left, right in merges:
         vocabulary.setdefault(left + right, len(vocabulary))
+    for word in ("whole", "Ġwords"):  # that no merge makes
+        vocabulary[word] = len(vocabulary)
     added = [Added(len(vocabulary), "<s>", True), Added(len(vocabulary) + 1, "</s>", True)]
     return vocabulary, merges, added
 

@@ -562,7 +562,9 @@ def bytes_of(shape, value=0x55):
         (f"{UP}.ternary", bytes_of(UP_CODES), r"has no place for: .*gate_up\.weight\.ternary$"),
         ("blocks.1.x", LINE, "holds 2 layers; its configuration has num_layers=1$"),
         ("norm.scale", np.zeros(31, np.float32),
-         r"norm\.scale is float32\[31\]; the configuration needs a float \[32\]"),
+         r"norm\.scale is float32\[31\]; the configuration needs a float32 \[32\]"),
+        ("norm.scale", np.ones(32, ml_dtypes.bfloat16),
+         r"norm\.scale is bfloat16\[32\]; the configuration needs a float32 \[32\]"),
         ("norm.scale", np.zeros((1, 32), np.float32), r"norm\.scale is float32\[1, 32\]; "),
         ("norm.scale", np.zeros(32, np.uint8), r"norm\.scale is uint8\[32\]; "),
         ("norm.scale", np.zeros(32, np.float16), r"norm\.scale is F16; known are F32, BF16, U8$"),
@@ -714,6 +716,22 @@ def test_a_renamed_tensor(packed_file):
     tensors["norm.scales"] = tensors.pop("norm.scale")
     rewritten(packed_file, tensors=tensors)
     refuses(packed_file, r"norm\.scale is missing$")
+
+
+@pytest.mark.parametrize("change", [{"weights": "float"}, {"float_layers": ["*.qkv"]}])
+def test_float_layers_are_not_packed(packed_file, change):
+    rewritten(packed_file, config=change)
+    refuses(packed_file, r"blocks\.0\.attention\.qkv is packed; its configuration has it in float")
+
+
+def test_float_layers_that_are_none(packed_file):
+    rewritten(packed_file, config={"float_layers": ["*.q"]})
+    refuses(packed_file, r"model\.safetensors: no linear layer matches '\*\.q'")
+
+
+def test_names_that_are_not_printable(packed_file):
+    rewritten(packed_file, tensors=safetensors.numpy.load_file(packed_file) | {"a\nb\x1b": LINE})
+    refuses(packed_file, r"the tensor name 'a\\nb\\x1b' is not printable")
 
 
 def test_a_setting_that_wants_other_tensors(packed_file):

@@ -85,6 +85,12 @@ def test_bytes_of_pieces_come_together():
     assert streamed(tokenizer, [3 + 0xE2]) == ["", "\ufffd"]
 
 
+def test_a_control_token_does_not_join_what_it_parts():
+    tokenizer = KINDS["byte level"]
+    assert streamed(tokenizer, [0xE2, START, 0x82, 0xAC]) == ["", "\ufffd", "\ufffd", "\ufffd", ""]
+    assert tokenizer.decode([0xE2, START, 0x82, 0xAC], control=True).count("\ufffd") == 3
+
+
 def test_the_space_at_the_beginning_is_one_only_behind_other_text():
     tokenizer = KINDS["pieces"]
     tokens = tokenizer.encode("ab a", bos=False)

@@ -228,7 +228,10 @@ class _Cursor:
 
     def name(self, what: str) -> str:
         """A key or the name of a tensor."""
-        return self.string(what, MAX_NAME)
+        name = self.string(what, MAX_NAME)
+        if not name.isprintable():  # nor would be the messages that quote it
+            raise ValueError(f"{self.path}: the {what} {name!r:.80} is not printable")
+        return name
 
     def value(self, key: str) -> Value:
         """The value of a metadata entry."""

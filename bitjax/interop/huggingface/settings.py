@@ -165,9 +165,10 @@ def _family(fields: _Fields) -> Family:
     if family is None or (kind and kind not in family.model_types):
         name = ", ".join(map(str, named)) or "not named"
         known = (f"{f.architecture} of {' or '.join(f.model_types)}" for f in FAMILIES.values())
+        found = f"the architecture is {name:.80}, model_type {kind or 'none':.40}"
         raise ValueError(
-            f"{fields.where}: the architecture is {name:.80}, model_type {kind or 'none':.40}; "
-            f"bitjax reads {', '.join(known)}"
+            f"{fields.where}: {found if found.isprintable() else repr(found)}; bitjax reads "
+            f"{', '.join(known)}"
         )
     return family
 

@@ -46,6 +46,7 @@ _FALCON_PUNCTUATION = r"[\p{P}\$\+<=>\^~\|`]+"
 WORDS: dict[str, tuple[tuple[str, ...], bool, bool]] = {
     "gpt-2": ((GPT2_WORDS,), False, False),
     "llama-bpe": ((LLAMA3_WORDS,), True, True),
+    "glm4": ((LLAMA3_WORDS,), True, False),
     "smollm": ((r"\p{N}", GPT2_WORDS), False, False),
     "qwen2": ((_QWEN2_WORDS,), False, False),
     "dbrx": ((LLAMA3_WORDS,), False, False),
@@ -64,7 +65,7 @@ _ALIASES = {
     "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "lfm2", "midm-2.0"),
     "smollm": ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
     "qwen2": ("deepseek-r1-qwen", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2"),
-    "dbrx": ("smaug-bpe", "glm4", "chatglm-bpe"),
+    "dbrx": ("smaug-bpe", "chatglm-bpe"),
 }  # fmt: skip
 PRE_NAMES = {name: name for name in WORDS} | {
     alias: name for name, aliases in _ALIASES.items() for alias in aliases
