@@ -10,7 +10,7 @@ import numpy as np
 
 from bitjax import terminal
 from bitjax.config import ModelConfig
-from bitjax.interop.checkpoint import LAYER_OF, Checkpoint, Ternary, tensor_shapes
+from bitjax.interop.checkpoint import Checkpoint, Ternary, layer_of, tensor_shapes
 from bitjax.interop.formats import Format, format_of, local_path, open_checkpoint
 from bitjax.interop.stored import Contents, contents
 from bitjax.packing import LAYOUTS
@@ -98,9 +98,7 @@ def matrices(checkpoint: Checkpoint, held: Contents | None) -> Iterator[Matrix]:
         rows, cols = tensor_shapes(config)[name]
         stored = held.of(name) if held is not None else []
         form = _layout(stored[0].name) or stored[0].kind if stored else ""
-        parent, _, part = name.rpartition(".")
-        is_float = config.is_float_layer(f"{parent}.{LAYER_OF.get(part, part)}")
-        if config.weights not in WEIGHT_QUANTIZERS or is_float:
+        if config.weights not in WEIGHT_QUANTIZERS or config.is_float_layer(layer_of(name)):
             yield Matrix(name, (rows, cols), form or "F32")
             continue
         value = checkpoint.read(name)

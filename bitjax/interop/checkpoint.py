@@ -28,6 +28,18 @@ STACKED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 LAYER_OF = {part: layer for layer, parts in STACKED.items() for part in parts}
 
 
+def layer_of(matrix: str) -> str:
+    """The linear layer that a matrix is, or is stacked in: `blocks.0.attention.qkv`."""
+    parent, _, part = matrix.rpartition(".")
+    return f"{parent}.{LAYER_OF.get(part, part)}"
+
+
+def matrices_of(layer: str) -> list[str]:
+    """The matrices that a linear layer consists of, in their order; the inverse of `layer_of`."""
+    parent, _, last = layer.rpartition(".")
+    return [f"{parent}.{part}" for part in STACKED.get(last, (last,))]
+
+
 @dataclasses.dataclass(frozen=True)
 class Ternary:
     """A matrix that is ternary already.
@@ -74,7 +86,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     def matrices(parent: str, parts: dict[str, tuple[int, int]]) -> None:
         for part, shape in parts.items():
             shapes[f"{parent}.{part}"] = shape
-            quantized = not config.is_float_layer(f"{parent}.{LAYER_OF.get(part, part)}")
+            quantized = not config.is_float_layer(layer_of(f"{parent}.{part}"))
             if config.inner_norm or (config.linear_norm_eps is not None and quantized):
                 shapes[f"{parent}.{part}.norm"] = (shape[1],)
 

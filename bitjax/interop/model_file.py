@@ -36,7 +36,13 @@ from bitjax.infer.tensors import (
     screen_tensors,
     table_tensors,
 )
-from bitjax.interop.checkpoint import LAYER_OF, STACKED, Checkpoint, Ternary, tensor_shapes
+from bitjax.interop.checkpoint import (
+    Checkpoint,
+    Ternary,
+    layer_of,
+    matrices_of,
+    tensor_shapes,
+)
 from bitjax.model import BitLinear, Transformer, abstract_model, bit_linears
 from bitjax.model.files import DTYPES, Tensor, load_model, parameters, write_model_file
 from bitjax.ops import Impl
@@ -76,31 +82,19 @@ def checkpoint_of(model: Transformer, origin: str = "the model") -> Checkpoint:
         if name in ("embedding", "head"):
             return _table(values[name].get_value())
         matrix = name.removesuffix(".norm")
-        layer, index = layer_of(matrix)
-        if layer in layers and matrix != name:
-            scale = np.asarray(values[f"{layer}.norm.scale"][...])
-            return scale if scale.ndim == 1 else scale[index]
-        if layer in layers:
+        layer = layer_of(matrix)
+        if layer not in layers:
+            return np.asarray(values[f"{name}.scale"][...])
+        index = matrices_of(layer).index(matrix)
+        if matrix == name:
             return _matrix(layers[layer], index)
-        return np.asarray(values[f"{name}.scale"][...])
+        scale = np.asarray(values[f"{layer}.norm.scale"][...])
+        return scale if scale.ndim == 1 else scale[index]
 
     shapes = tensor_shapes(config)
     # A model that came without a tokenizer says "bytes"; not every one has as many tokens.
     fits = model.tokenizer.vocab_size <= config.vocab_size
     return Checkpoint(origin, config, read, model.tokenizer if fits else None)
-
-
-def layer_of(matrix: str) -> tuple[str, int]:
-    """The linear layer that a matrix is in, and its place among those stacked there."""
-    parent, _, part = matrix.rpartition(".")
-    layer = LAYER_OF.get(part, part)
-    return f"{parent}.{layer}", STACKED.get(layer, (part,)).index(part)
-
-
-def matrices_of(layer: str) -> list[str]:
-    """Names of the matrices that a linear layer consists of, in their order."""
-    parent, _, last = layer.rpartition(".")
-    return [f"{parent}.{part}" for part in STACKED.get(last, (last,))]
 
 
 def _table(table: object) -> np.ndarray:

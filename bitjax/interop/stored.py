@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bitjax.config import ModelConfig
-from bitjax.interop.checkpoint import LAYER_OF
+from bitjax.interop.checkpoint import layer_of
 from bitjax.interop.formats import Format
 from bitjax.model.files import tensor_table
 from bitjax.packing import LAYOUTS
@@ -71,8 +71,7 @@ def contents(path: Path, kind: Format, config: ModelConfig) -> Contents | None:
 
 
 def _names_in_model_file(matrix: str) -> list[str]:
-    parent, _, part = matrix.rpartition(".")
-    weight = f"{parent}.{LAYER_OF.get(part, part)}.weight"
+    weight = f"{layer_of(matrix)}.weight"
     return [weight, *(f"{weight}.{kind}" for kind in (*LAYOUTS, "scale", "columns"))]
 
 

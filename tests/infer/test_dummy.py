@@ -377,3 +377,18 @@ def test_the_screen_is_that_of_the_head(tmp_path, config):
     for got, leaf in zip(jax.tree.leaves(model.screen.get_value()), jax.tree.leaves(wanted),
                          strict=True):  # fmt: skip
         np.testing.assert_array_equal(got, leaf)
+
+
+@pytest.mark.parametrize(("tables", "dtype"), [("float32", "float32"), ("int4", "bfloat16")])
+def test_layers_that_stay_float(tmp_path, tables, dtype):
+    config = tiny_config(**{**vars(ODD), "float_layers": ("*.o",), "linear_norm_eps": 1e-6})
+    path = tmp_path / "model.safetensors"
+    write_dummy(path, config, tables=tables)
+    model = load_model(path)
+    for name, layer in bit_linears(model):
+        weight = layer.weight.get_value()
+        assert isinstance(weight, PackedWeights) != name.endswith(".o"), name
+        if name.endswith(".o"):
+            assert weight.dtype == dtype
+            assert 0 < np.std(np.asarray(weight, np.float32)) < 0.04
+    assert np.isfinite(model(jnp.arange(4)[None])).all()

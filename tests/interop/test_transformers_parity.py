@@ -33,9 +33,9 @@ from transformers_models import TOKENS, Variant, rope  # noqa: E402
 
 from bitjax.infer.generator import Generator  # noqa: E402
 from bitjax.infer.sampling import SamplingParams  # noqa: E402
-from bitjax.interop.checkpoint import Ternary, tensor_shapes  # noqa: E402
+from bitjax.interop.checkpoint import Ternary, layer_of, tensor_shapes  # noqa: E402
 from bitjax.interop.huggingface import read_huggingface, write_huggingface  # noqa: E402
-from bitjax.interop.huggingface.names import BITNET, is_matrix, layer_of, tensor_name  # noqa: E402
+from bitjax.interop.huggingface.names import BITNET, is_matrix, tensor_name  # noqa: E402
 from bitjax.interop.model_file import build_model, checkpoint_of, matrices_of  # noqa: E402
 from bitjax.model import bit_linears  # noqa: E402
 from bitjax.quant import ternary  # noqa: E402

@@ -31,7 +31,6 @@ from typing import Any, Literal
 import numpy as np
 
 from bitjax.config import ModelConfig, RopeScaling
-from bitjax.interop.checkpoint import LAYER_OF
 from bitjax.interop.gguf.container import Value
 
 Activation = Literal["silu", "relu2"]
@@ -293,9 +292,3 @@ def matrix_names(config: ModelConfig) -> list[str]:
     """Every matrix of the linear layers, in order."""
     layers = range(config.num_layers)
     return [f"blocks.{i}.{part}" for i, part in itertools.product(layers, MATRICES)]
-
-
-def layer_of(name: str) -> str:
-    """The linear layer that a matrix is, or is stacked in: `blocks.0.attention.qkv`."""
-    parent, _, part = name.rpartition(".")
-    return f"{parent}.{LAYER_OF.get(part, part)}"

@@ -25,10 +25,9 @@ from pathlib import Path
 import numpy as np
 
 from bitjax.config import ModelConfig, from_dict
-from bitjax.interop.checkpoint import Checkpoint, Ternary, tensor_shapes
+from bitjax.interop.checkpoint import Checkpoint, Ternary, layer_of, tensor_shapes
 from bitjax.interop.gguf import architecture as arch
 from bitjax.interop.gguf import blocks, i2s
-from bitjax.interop.gguf.architecture import layer_of
 from bitjax.interop.gguf.container import Container, open_container
 from bitjax.interop.gguf.ternary import of_blocks, of_floats
 from bitjax.tokenizer import Tokenizer

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitjax.config import ModelConfig, to_json
-from bitjax.interop.checkpoint import Checkpoint, Ternary, tensor_shapes
+from bitjax.interop.checkpoint import Checkpoint, Ternary, layer_of, tensor_shapes
 from bitjax.interop.gguf import architecture as arch
 from bitjax.interop.gguf import blocks
 from bitjax.interop.gguf.container import Tensor, write_container
@@ -173,9 +173,7 @@ def _ternary_matrices(config: ModelConfig) -> list[str]:
     """Matrices that are ternary: those of no float layer."""
     if config.weights == "float":
         return []
-    return [
-        name for name in arch.matrix_names(config) if not config.is_float_layer(arch.layer_of(name))
-    ]
+    return [name for name in arch.matrix_names(config) if not config.is_float_layer(layer_of(name))]
 
 
 def _tokenizer_metadata(checkpoint: Checkpoint) -> dict[str, Any]:

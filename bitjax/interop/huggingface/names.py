@@ -6,8 +6,6 @@ import dataclasses
 import re
 from typing import Literal
 
-from bitjax.interop.checkpoint import LAYER_OF
-
 TOP = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 PARTS = {
     "attention_norm": "input_layernorm",
@@ -81,12 +79,6 @@ def scale_name(name: str, family: Family) -> str:
 def is_matrix(name: str) -> bool:
     """Whether a tensor of a checkpoint is a matrix of a linear layer."""
     return name.startswith("blocks.") and name.split(".", 2)[2] in MATRICES
-
-
-def layer_of(name: str) -> str:
-    """The linear layer that holds a matrix: `blocks.0.attention.q` -> `blocks.0.attention.qkv`."""
-    parent, _, part = name.rpartition(".")
-    return f"{parent}.{LAYER_OF.get(part, part)}"
 
 
 MATRICES = tuple(part for part, module in PARTS.items() if module.endswith("_proj"))

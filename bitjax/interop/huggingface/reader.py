@@ -22,14 +22,13 @@ from pathlib import Path
 
 import numpy as np
 
-from bitjax.interop.checkpoint import Checkpoint, Ternary, tensor_shapes
+from bitjax.interop.checkpoint import Checkpoint, Ternary, layer_of, tensor_shapes
 from bitjax.interop.huggingface.codes import ExactTernary, exact_ternary, packed_shape, unpack_codes
 from bitjax.interop.huggingface.names import (
     LAYER_NAME,
     LLAMA,
     MATRICES,
     is_matrix,
-    layer_of,
     scale_name,
     tensor_name,
 )

@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bitjax.config import ModelConfig, RopeScaling
-from bitjax.interop.checkpoint import STACKED
+from bitjax.interop.checkpoint import STACKED, layer_of
 from bitjax.interop.huggingface.names import (
     FAMILIES,
     MATRICES,
     Family,
     LinearClass,
-    layer_of,
     module_name,
 )
 

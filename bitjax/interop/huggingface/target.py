@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from bitjax.config import DType, ModelConfig, RopeScaling
-from bitjax.interop.checkpoint import Checkpoint, Ternary, tensor_shapes
+from bitjax.interop.checkpoint import Checkpoint, Ternary, layer_of, tensor_shapes
 from bitjax.interop.huggingface.codes import ROWS_PER_BYTE
-from bitjax.interop.huggingface.names import BITNET, LLAMA, Family, is_matrix, layer_of, module_name
+from bitjax.interop.huggingface.names import BITNET, LLAMA, Family, is_matrix, module_name
 
 Form = Literal["packed", "bfloat16", "float32"]
 Storing = Literal["packed", "masters", "dense"]

@@ -22,10 +22,10 @@ import ml_dtypes
 import numpy as np
 
 from bitjax.config import DType
-from bitjax.interop.checkpoint import Checkpoint, Ternary, tensor_shapes
+from bitjax.interop.checkpoint import Checkpoint, Ternary, layer_of, tensor_shapes
 from bitjax.interop.huggingface.card import model_card
 from bitjax.interop.huggingface.codes import pack_codes, packed_shape
-from bitjax.interop.huggingface.names import is_matrix, layer_of, scale_name, tensor_name
+from bitjax.interop.huggingface.names import is_matrix, scale_name, tensor_name
 from bitjax.interop.huggingface.target import Form, Target, plan, token_ids
 from bitjax.interop.safetensors_files import NewTensor, write_safetensors
 from bitjax.interop.tokenizers import write_huggingface_tokenizer
