@@ -328,7 +328,10 @@ def _describe(hint: Any) -> str:
 
 
 def _check_fields(config: Any) -> None:
-    """Raise ValueError for a field whose value is not of its declared type."""
+    """Raise ValueError for a field whose value is not of its declared type.
+
+    For a float field a large integer becomes a float: JAX would take it for one of 32 bits.
+    """
     section = _section(config)
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
@@ -336,6 +339,8 @@ def _check_fields(config: Any) -> None:
             any(_fits(value, option) for option in _options(hint)),
             f"{section}.{name}={value!r} is not {' or '.join(map(_describe, _options(hint)))}",
         )
+        if type(value) is int and float in _options(hint) and abs(value) >= 2**31:
+            object.__setattr__(config, name, float(value))
 
 
 def _parse(path: str, text: str, hint: Any) -> Any:

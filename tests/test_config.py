@@ -316,3 +316,8 @@ def test_overrides_apply_together_and_the_last_wins():
 def test_override_errors(setting, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         override(RunConfig(), [setting])
+
+
+def test_a_large_integer_for_a_float_becomes_one():
+    config = from_json(ModelConfig, '{"init_std": 4611686018427387903}')
+    assert (config.init_std, type(config.init_std)) == (2.0**62, float)
