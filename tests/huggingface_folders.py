@@ -7,7 +7,8 @@ from tiny import tiny_config
 
 from bitjax.interop.checkpoint import Checkpoint, tensor_shapes
 from bitjax.interop.huggingface import write_huggingface
-from bitjax.interop.safetensors_files import NewTensor, open_safetensors, write_safetensors
+from bitjax.interop.safetensors_files import open_safetensors
+from bitjax.safetensors_writer import Tensor, write_safetensors
 
 # Rows of every matrix are a multiple of four, heads times head_dim is hidden_size: BitNet's shape.
 SHAPE = {"head_dim": 8, "vocab_size": 40}
@@ -39,7 +40,7 @@ def save(path, tensors):
     """Write arrays as a safetensors file."""
     write_safetensors(
         path,
-        [NewTensor(n, a.dtype, a.shape, lambda a=a: [a]) for n, a in tensors.items()],
+        [Tensor(n, a.dtype, a.shape, lambda a=a: [a]) for n, a in tensors.items()],
         {"format": "pt"}, lambda count: None,
     )  # fmt: skip
 

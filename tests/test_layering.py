@@ -10,7 +10,7 @@ PACKAGE = ROOT / "bitjax"
 
 # Each room may import the rooms of earlier lines, and its own.
 LAYERS = [
-    {"allocator", "config", "quant", "packing", "printable", "tokenizer"},
+    {"allocator", "config", "quant", "packing", "printable", "safetensors_writer", "tokenizer"},
     {"ops", "presets", "text"},
     {"model"},
     {"train", "infer", "evaluate"},

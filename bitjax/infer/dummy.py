@@ -30,7 +30,7 @@ from bitjax.infer.tensors import (
     table_tensors,
 )
 from bitjax.model import abstract_model
-from bitjax.model.files import DTYPES, Tensor, parameters, write_model_file
+from bitjax.model.files import DTYPES, parameters, write_model_file
 from bitjax.packing import (
     BLOCK_ROWS,
     LAYOUTS,
@@ -43,6 +43,7 @@ from bitjax.packing import (
     packed_shape,
     with_columns,
 )
+from bitjax.safetensors_writer import Tensor
 
 PART_BYTES = 2**24  # of codes drawn at once
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitjax.infer.convert import TableFormat, make_screen, pack_table
-from bitjax.model.files import DTYPES, Tensor, stored_arrays
+from bitjax.model.files import DTYPES, stored_arrays
 from bitjax.packing import (
     LAYOUTS,
     LayoutName,
@@ -22,6 +22,7 @@ from bitjax.packing import (
     multiplier_shape,
     packed_shape,
 )
+from bitjax.safetensors_writer import Tensor
 
 OnBytes = Callable[[int, int], None]  # told how many bytes are written, and of how many
 Pieces = Callable[[], Iterable[np.ndarray]]  # consecutive rows, 16 times n but for the last piece

@@ -44,7 +44,7 @@ from bitjax.interop.checkpoint import (
     tensor_shapes,
 )
 from bitjax.model import BitLinear, Transformer, abstract_model, bit_linears
-from bitjax.model.files import DTYPES, Tensor, load_model, parameters, write_model_file
+from bitjax.model.files import DTYPES, load_model, parameters, write_model_file
 from bitjax.ops import Impl
 from bitjax.packing import (
     BLOCK_ROWS,
@@ -56,6 +56,7 @@ from bitjax.packing import (
     with_columns,
 )
 from bitjax.quant import WEIGHT_QUANTIZERS, quantize_matrix, require_finite
+from bitjax.safetensors_writer import Tensor
 from bitjax.tokenizer import BYTES
 
 ROWS_AT_ONCE = 1024  # of a matrix that is unpacked: a few megabytes of temporary values

@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +28,6 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "U8": np.dtype(np.uint8),
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -196,69 +192,3 @@ def _what_else(folder: Path) -> str:
         f"has its weights in {pickles[0]}, a Python pickle, which may run any code when it is "
         "read: only safetensors files are (transformers' save_pretrained writes them)"
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class NewTensor:
-    """A tensor to be written, produced when its turn comes.
-
-    Attributes:
-        name, dtype, shape: as in the file.
-        parts: yields consecutive pieces that together have `shape`.
-    """
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    parts: Callable[[], Iterable[np.ndarray]]
-
-    @property
-    def nbytes(self) -> int:
-        """Size in the file."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def write_safetensors(
-    path: Path,
-    tensors: Sequence[NewTensor],
-    metadata: Mapping[str, str],
-    on_bytes: Callable[[int], None],
-) -> None:
-    """Write a file, one piece of a tensor at a time.
-
-    Args:
-        path: of the file, which is replaced if there is one.
-        tensors: in file order.
-        metadata: of the header.
-        on_bytes: told of every piece written.
-
-    Raises:
-        ValueError: pieces that do not make up the tensor.
-        OSError: the file cannot be written.
-    """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for tensor in tensors:
-        header[tensor.name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
-        }
-        offset += tensor.nbytes
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # tensors start at a multiple of eight bytes
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for tensor in tensors:
-            written = 0
-            for part in tensor.parts():
-                piece = np.ascontiguousarray(part, tensor.dtype).reshape(-1).view(np.uint8)
-                file.write(piece.data)
-                written += piece.nbytes
-                on_bytes(piece.nbytes)
-            if written != tensor.nbytes:
-                raise ValueError(
-                    f"{tensor.name} came with {written:,} bytes; wanted {tensor.nbytes:,}"
-                )
-        file.flush()
-        os.fsync(file.fileno())

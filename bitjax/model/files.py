@@ -30,11 +30,9 @@ Source: the safetensors format, https://github.com/huggingface/safetensors#forma
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +49,9 @@ from bitjax.model.transformer import Transformer, abstract_model, bit_linears
 from bitjax.ops import Impl
 from bitjax.packing import LAYOUTS, PackedWeights, Screen, expanded_cols, validate
 from bitjax.quant import require_finite
+from bitjax.safetensors_writer import ALIGNMENT, Tensor, write_safetensors
 from bitjax.tokenizer import BYTES, Tokenizer
 
-ALIGNMENT = 64  # bytes; what XLA on CPU asks of a buffer it shall use in place
 FILE_FORMAT = 2
 TABLES = ("embedding", "head")
 DTYPES: dict[str, np.dtype] = {
@@ -94,31 +92,6 @@ def stored_arrays(name: str, value: jax.Array | PackedWeights | Screen) -> dict[
     return {name: value}
 
 
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """What a model file shall hold, produced while it is written.
-
-    Attributes:
-        name, dtype, shape: as in the file.
-        parts: yields consecutive pieces that together have `shape`.
-    """
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    parts: Callable[[], Iterable[np.ndarray]]
-
-    @classmethod
-    def of(cls, name: str, array: np.ndarray) -> Tensor:
-        """A tensor that is there already."""
-        return cls(name, array.dtype, array.shape, lambda: [array])
-
-    @property
-    def nbytes(self) -> int:
-        """Size in the file."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
 def write_model_file(
     path: Path, config: ModelConfig, tensors: Sequence[Tensor], tokenizer: Tokenizer = BYTES
 ) -> None:
@@ -136,7 +109,7 @@ def write_model_file(
     if text is not None:
         tensors = [*tensors, Tensor.of(TENSOR, text)]
     try:
-        _write_safetensors(path, tensors, {"bitjax": json.dumps(about)})
+        _write(path, tensors, {"bitjax": json.dumps(about)})
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}") from None
 
@@ -308,31 +281,12 @@ def _in_place(array: np.ndarray) -> jax.Array:
     return jax.device_put(array, jax.local_devices()[0], may_alias=True)
 
 
-def _write_safetensors(path: Path, tensors: Sequence[Tensor], metadata: dict[str, str]) -> None:
-    kinds = {dtype: name for name, dtype in DTYPES.items()}
+def _write(path: Path, tensors: Sequence[Tensor], metadata: dict[str, str]) -> None:
+    """Tensors that keep what follows them aligned come first."""
     order = sorted(tensors, key=lambda tensor: (tensor.nbytes % ALIGNMENT != 0, tensor.name))
-    header: dict[str, Any] = {"__metadata__": metadata}
-    offset = 0
-    for tensor in order:
-        header[tensor.name] = {
-            "dtype": kinds[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
-        }
-        offset += tensor.nbytes
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(len(encoded).to_bytes(8, "little") + encoded)
-            for tensor in order:
-                for part in tensor.parts():
-                    file.write(
-                        np.ascontiguousarray(part, tensor.dtype).reshape(-1).view(np.uint8).data
-                    )
-            file.flush()
-            os.fsync(file.fileno())
+        write_safetensors(temporary, order, metadata)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

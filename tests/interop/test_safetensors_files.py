@@ -12,12 +12,11 @@ import safetensors.numpy
 
 from bitjax.interop.safetensors_files import (
     MAX_HEADER_BYTES,
-    NewTensor,
     open_folder,
     open_safetensors,
     read_json,
-    write_safetensors,
 )
+from bitjax.safetensors_writer import Tensor, write_safetensors
 
 ARRAYS = {
     "odd": np.arange(3, dtype=np.uint8),  # what follows lies at no multiple of four
@@ -40,7 +39,7 @@ def entry(first=0, last=4, dtype="F32", shape=(1,)):
 
 def test_round_trip(tmp_path):
     told = []
-    tensors = [NewTensor(n, a.dtype, a.shape, lambda a=a: iter(a)) for n, a in ARRAYS.items()]
+    tensors = [Tensor(n, a.dtype, a.shape, lambda a=a: iter(a)) for n, a in ARRAYS.items()]
     write_safetensors(tmp_path / "x", tensors, {"format": "pt"}, told.append)
     assert sum(told) == sum(a.nbytes for a in ARRAYS.values())
     held = open_safetensors(tmp_path / "x")
@@ -54,7 +53,7 @@ def test_round_trip(tmp_path):
 
 
 def test_pieces_must_make_up_the_tensor(tmp_path):
-    short = NewTensor("a", np.dtype(np.float32), (3,), lambda: [np.zeros(2)])
+    short = Tensor("a", np.dtype(np.float32), (3,), lambda: [np.zeros(2)])
     with pytest.raises(ValueError, match=r"^a came with 8 bytes; wanted 12$"):
         write_safetensors(tmp_path / "x", [short], {}, lambda count: None)
 

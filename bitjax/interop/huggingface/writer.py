@@ -27,9 +27,9 @@ from bitjax.interop.huggingface.card import model_card
 from bitjax.interop.huggingface.codes import pack_codes, packed_shape
 from bitjax.interop.huggingface.names import is_matrix, scale_name, tensor_name
 from bitjax.interop.huggingface.target import Form, Target, plan, token_ids
-from bitjax.interop.safetensors_files import NewTensor, write_safetensors
 from bitjax.interop.tokenizers import write_huggingface_tokenizer
 from bitjax.quant import quantize_matrix, require_finite
+from bitjax.safetensors_writer import Tensor, write_safetensors
 from bitjax.text import TextTokenizer
 from bitjax.tokenizer import ByteTokenizer
 
@@ -109,7 +109,7 @@ def require_replaceable(folder: Path, overwrite: bool) -> None:
         raise ValueError(f"{folder} is not overwritten: {what}")
 
 
-def _tensors(checkpoint: Checkpoint, target: Target) -> Iterator[NewTensor]:
+def _tensors(checkpoint: Checkpoint, target: Target) -> Iterator[Tensor]:
     config, family = checkpoint.config, target.family
     for name, shape in tensor_shapes(config).items():
         stored = tensor_name(name, family)
@@ -120,7 +120,7 @@ def _tensors(checkpoint: Checkpoint, target: Target) -> Iterator[NewTensor]:
         dense = quantized and target.storing == "dense" and config.weights != "float"
         dtype = np.dtype(DTYPES[target.dtype])
         parts = functools.partial(_converted, checkpoint, name, dtype, dense)
-        yield NewTensor(stored, dtype, shape, parts)
+        yield Tensor(stored, dtype, shape, parts)
 
 
 def _converted(
@@ -144,7 +144,7 @@ def _converted(
 
 def _packed(
     checkpoint: Checkpoint, name: str, stored: str, scale_at: str, shape: tuple[int, ...]
-) -> Iterator[NewTensor]:
+) -> Iterator[Tensor]:
     """Codes, then the scale that they leave behind."""
     scales: list[np.ndarray] = []
 
@@ -159,8 +159,8 @@ def _packed(
         scales.append(scale)
         yield pack_codes(matrix.codes)
 
-    yield NewTensor(stored, np.dtype(np.uint8), packed_shape(*shape), codes)
-    yield NewTensor(scale_at, FLOAT32, (1,), lambda: [scales.pop()])
+    yield Tensor(stored, np.dtype(np.uint8), packed_shape(*shape), codes)
+    yield Tensor(scale_at, FLOAT32, (1,), lambda: [scales.pop()])
 
 
 def _ternary(checkpoint: Checkpoint, name: str) -> Ternary:
@@ -172,9 +172,9 @@ def _ternary(checkpoint: Checkpoint, name: str) -> Ternary:
     return Ternary(*quantize_matrix(checkpoint.config.weights, value))
 
 
-def _shards(tensors: list[NewTensor], shard_bytes: int) -> list[list[NewTensor]]:
+def _shards(tensors: list[Tensor], shard_bytes: int) -> list[list[Tensor]]:
     """Tensors by file, in order; a scale stays with its codes."""
-    shards: list[list[NewTensor]] = [[]]
+    shards: list[list[Tensor]] = [[]]
     size = 0
     for tensor in tensors:
         scale = tensor.name.endswith("weight_scale")
@@ -187,7 +187,7 @@ def _shards(tensors: list[NewTensor], shard_bytes: int) -> list[list[NewTensor]]
 
 
 def _write_tensors(
-    folder: Path, shards: list[list[NewTensor]], on_bytes: Callable[[int, int], None]
+    folder: Path, shards: list[list[Tensor]], on_bytes: Callable[[int, int], None]
 ) -> None:
     total, done = sum(tensor.nbytes for shard in shards for tensor in shard), 0
 
