@@ -229,11 +229,13 @@ def _pack_rows(w_NxK: np.ndarray, layout: LayoutName) -> np.ndarray:
     rows, cols = w_NxK.shape
     shape = packed_shape(layout, rows, cols)
     padded = np.full((shape[0] * BLOCK_ROWS, shape[1] * about.block_cols), about.offset, np.uint8)
-    padded[:rows, :cols] = (w_NxK.astype(np.int16) + about.offset).astype(np.uint8)
-    digits = padded.reshape(shape[0], BLOCK_ROWS, shape[1], about.planes, LANE_BYTES)
-    digits = digits.transpose(0, 2, 1, 4, 3)  # row block, column block, row, j, plane
-    powers = np.array([about.base**s for s in range(about.planes)], np.uint8)
-    return (digits * powers).sum(-1, dtype=np.uint8).reshape(shape)
+    padded[:rows, :cols] = w_NxK.astype(np.int8).view(np.uint8) + np.uint8(about.offset)
+    # Four columns of a plane at a time: bytes do not carry, for codes are below the base.
+    lanes = padded.view(np.uint32).reshape(shape[0], BLOCK_ROWS, shape[1], about.planes)
+    packed = lanes[..., 0].copy()
+    for s in range(1, about.planes):
+        packed += lanes[..., s] * np.uint32(about.base**s)
+    return np.ascontiguousarray(packed.transpose(0, 2, 1)).view(np.uint8).reshape(shape)
 
 
 def columns_shape(layout: LayoutName, rows: int, cols: int) -> tuple[int, int, int]:
