@@ -29,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from bitjax.allocator import reuse_freed_memory
     from bitjax.train import Diverged, Interrupted
 
-    reuse_freed_memory()
+    # Files are written and read one tensor at a time, of many sizes: kept memory would pile up.
+    if arguments.run not in (_convert, _inspect, _dummy):
+        reuse_freed_memory()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -268,6 +270,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect = command("inspect", _inspect, "show what a model holds: tensors, types, scales, zeros")
     model_argument(inspect)
     i2s_argument(inspect)
+    inspect.add_argument(
+        "--all",
+        action="store_true",
+        dest="every",
+        help="each matrix and tensor by itself, not those of all blocks together",
+    )
 
     dummy = command(
         "dummy",
@@ -460,7 +468,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     from bitjax.inspection import inspect
 
-    inspect(arguments.model, arguments.i2s_group)
+    inspect(arguments.model, arguments.i2s_group, arguments.every)
 
 
 def _dummy(arguments: argparse.Namespace) -> None:

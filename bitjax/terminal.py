@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from bitjax.train import Report
 
 # Names in files, and texts, may look like markup or names of pictures (:smile:).
 console = Console(highlight=False, markup=False, emoji=False)
+WIDTH_OF_FILES = 200  # columns of a table in a file or a pipe, which need not fit a screen
 
 
 @contextmanager
@@ -97,7 +99,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = ""
         drawn.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         drawn.add_row(*(printable(str(cell), keep="\n") for cell in row))
-    console.print(drawn)
+    wide = not console.is_terminal and "COLUMNS" not in os.environ
+    console.print(drawn, width=WIDTH_OF_FILES if wide else None)
 
 
 def size(count: float) -> str:

@@ -173,7 +173,9 @@ def screen_tensors(shape: tuple[int, int], pieces: Pieces) -> list[Tensor]:
     return [
         Tensor("screen.dither", DTYPES["F32"], (cols,), lambda: [screen_dither(cols)]),
         streamed.tensor("screen.int4", "U8", packed_shape("int4", rows, expanded), "codes"),
-        streamed.tensor("screen.multipliers", "U8", multiplier_shape(rows, expanded), "multipliers"),
+        streamed.tensor(
+            "screen.multipliers", "U8", multiplier_shape(rows, expanded), "multipliers"
+        ),
         *(
             streamed.tensor(f"screen.{part}", "F32", (rows,), part)
             for part in ("scale", "spreads", "norms")

@@ -52,7 +52,7 @@ from bitjax.packing import (
     PackedWeights,
     pack,
     packed_rows,
-    unpack,
+    unpack_ternary,
     with_columns,
 )
 from bitjax.quant import WEIGHT_QUANTIZERS, quantize_matrix, require_finite
@@ -121,13 +121,14 @@ def _matrix(layer: BitLinear, index: int) -> np.ndarray | Ternary:
     codes = np.empty((last - first, weight.cols), np.int8)
     # Whole blocks of rows, of which the first and the last may be shared with a neighbour.
     step = ROWS_AT_ONCE // BLOCK_ROWS
+    stored_codes = np.asarray(weight.codes)
     for block in range(first // BLOCK_ROWS, -(-last // BLOCK_ROWS), step):
-        stored = weight.codes[block : block + step]
+        stored = stored_codes[block : block + step]
         rows = min(stored.shape[0] * BLOCK_ROWS, weight.rows - block * BLOCK_ROWS)
-        part = PackedWeights(stored, jnp.ones(()), None, rows, weight.cols, weight.layout)
+        part = unpack_ternary(stored, rows, weight.cols, weight.layout)
         start = block * BLOCK_ROWS
         taken = slice(max(first, start), min(last, start + rows))
-        codes[taken.start - first : taken.stop - first] = np.asarray(unpack(part))[
+        codes[taken.start - first : taken.stop - first] = part[
             taken.start - start : taken.stop - start
         ]
     scale = np.asarray(weight.scale)
