@@ -169,7 +169,6 @@ def screen_tensors(shape: tuple[int, int], pieces: Pieces) -> list[Tensor]:
 
     rows, cols = shape
     expanded = expanded_cols(cols)
-    of_groups = multiplier_shape(rows, expanded)
     streamed = _Streamed(made)
     return [
         Tensor("screen.dither", DTYPES["F32"], (cols,), lambda: [screen_dither(cols)]),
