@@ -426,7 +426,7 @@ def _eval(arguments: argparse.Namespace) -> None:
                 name,
                 f"{score.tokens:,}",
                 f"{score.bits_per_byte:.4f} ± {score.bits_per_byte_error:.4f}",
-                f"{score.perplexity:.3f}",
+                f"{score.perplexity:,.3f}",
             )
         ],
     )
