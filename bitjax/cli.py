@@ -62,8 +62,8 @@ def _sentence(error: Exception) -> str | None:
         return re.sub(
             r"^[A-Z_]+: (Error dispatching computation: )?(bitjax_\w+: )?", "", str(error)
         )
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     return None if isinstance(error, RuntimeError) else str(error)
 
 

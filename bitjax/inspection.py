@@ -180,8 +180,8 @@ def _row(name: str, group: list[Matrix], every: bool, counted: bool) -> tuple[st
     totals = [sum(column) for column in zip(*counts, strict=True)]
     shares = " ".join(f"{100 * total / sum(totals):4.1f}" for total in totals)
     scales = {scale for matrix in group for scale in matrix.scales}
-    low, high = min(scales), max(scales)
-    return (*row, shares, f"{low:.4g}" if low == high else f"{low:.2g}..{high:.2g}")
+    low, high = f"{min(scales):.2g}", f"{max(scales):.2g}"
+    return (*row, shares, f"{min(scales):.4g}" if low == high else f"{low}..{high}")
 
 
 def _print_tensors(held: Contents, every: bool) -> None:
