@@ -8,8 +8,11 @@ import os
 import shutil
 import tempfile
 
-cache = tempfile.mkdtemp(prefix="bitjax-test-")
-atexit.register(shutil.rmtree, cache, ignore_errors=True)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    cache = os.environ["JAX_COMPILATION_CACHE_DIR"]  # that of the process which started this one
+else:
+    cache = tempfile.mkdtemp(prefix="bitjax-test-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 )

@@ -59,6 +59,7 @@ def test_a_finished_run_is_not_repeated(config, tmp_path):
 
 
 def test_interrupted_and_resumed_equals_unbroken(config, tmp_path):
+    handler = signal.getsignal(signal.SIGINT)
     unbroken = train(config, tmp_path / "unbroken")
 
     def interrupt(report):
@@ -67,7 +68,7 @@ def test_interrupted_and_resumed_equals_unbroken(config, tmp_path):
 
     with pytest.raises(Interrupted, match="stopped after step 7; the state is saved"):
         train(config, tmp_path / "run", interrupt)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     resumed_at = []
     resumed = train(config, tmp_path / "run", lambda r: resumed_at.append(r.step))
     assert resumed_at[0] == 8
