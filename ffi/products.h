@@ -403,9 +403,9 @@ void paired_row(const PackedRows& w, const FewActivations& x, int32_t* out) {
   using Dot = typename Isa::template Dot<Lay::kPairCode>;
   constexpr int P = Lay::kPlanes;
   constexpr int H = kBlockRows / Isa::kLanes;
-  constexpr int kMostUnrolled = 5;
+  constexpr int kMostBlocks = 64;
   constexpr int64_t kFit = Dot::kSpan / ((P + 1) / 2);
-  constexpr int kStep = kFit < kMostUnrolled ? kFit : kMostUnrolled;
+  constexpr int kStep = kFit < kMostBlocks ? kFit : kMostBlocks;
   for (int64_t row = 0; row < w.row_blocks; ++row) {
     const uint8_t* codes = w.codes + row * w.input_blocks * kBlockBytes;
     Sums acc[H][2];
@@ -431,7 +431,7 @@ void paired_row(const PackedRows& w, const FewActivations& x, int32_t* out) {
     };
     int64_t kb = 0;
     for (; kb + kStep <= w.input_blocks; kb += kStep) span(kb, kStep);
-    for (; kb < w.input_blocks; ++kb) span(kb, 1);
+    span(kb, static_cast<int>(w.input_blocks - kb));
     for (int h = 0; h < H; ++h)
       Isa::store_sums(out + row * kBlockRows + h * Isa::kLanes,
                       Isa::add(acc[h][0], Lay::unscale_odd(acc[h][1])));
