@@ -2,7 +2,9 @@
 //
 // Differs from the scalar kernel only in the order of exact integer sums: vpmaddubsw adds two
 // products of code and activation, of magnitude 2 * max_code * 128; an int16 lane takes a span of
-// such sums before vpmaddwd widens them. int8 codes are split into nibbles, which are small enough.
+// such sums before vpmaddwd widens them, for int4 by the multipliers. Codes that are scaled by 4 for
+// want of a shift (products.h) have shorter spans. int8 codes are split into nibbles, which are small
+// enough.
 
 #include "ymm.h"
 

@@ -392,9 +392,8 @@ void unpacked_pass(const PackedRows& w, int64_t row, const FewActivations& x, in
   }
 }
 
-// One row: even and odd planes have accumulators of their own, and spans are of constant length. On
-// Zen 5 an addition's result can be added to after two cycles, and short loops of a length known too
-// late cost half the speed.
+// One row: even and odd planes have accumulators of their own, for their codes' factors differ, and spans
+// are of constant length: short loops of a length known too late cost half the speed.
 template <class Isa, template <class> class L>
 void paired_row(const PackedRows& w, const FewActivations& x, int32_t* out) {
   using Lay = L<Isa>;
