@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -29,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from bitjax.allocator import reuse_freed_memory
     from bitjax.train import Diverged, Interrupted
 
-    reuse_freed_memory()
+    # Files are written and read one tensor at a time, of many sizes: kept memory would pile up.
+    if arguments.run not in (_convert, _inspect, _dummy):
+        reuse_freed_memory()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -43,10 +46,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, Diverged, ModuleNotFoundError, OSError) as error:
-        print(f"bitjax: {printable(str(error))}", file=sys.stderr)
+    except (ValueError, Diverged, ModuleNotFoundError, OSError, RuntimeError) as error:
+        if (said := _sentence(error)) is None:
+            raise
+        print(f"bitjax: {printable(said)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _sentence(error: Exception) -> str | None:
+    """What an error says to a person; None of one that is a fault of ours."""
+    from jax.errors import JaxRuntimeError
+
+    if isinstance(error, JaxRuntimeError):  # memory that is not there, or what a custom call says
+        return re.sub(
+            r"^[A-Z_]+: (Error dispatching computation: )?(bitjax_\w+: )?", "", str(error)
+        )
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return None if isinstance(error, RuntimeError) else str(error)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -268,6 +286,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect = command("inspect", _inspect, "show what a model holds: tensors, types, scales, zeros")
     model_argument(inspect)
     i2s_argument(inspect)
+    inspect.add_argument(
+        "--all",
+        action="store_true",
+        dest="every",
+        help="each matrix and tensor by itself, not those of all blocks together",
+    )
 
     dummy = command(
         "dummy",
@@ -384,7 +408,9 @@ def _eval(arguments: argparse.Namespace) -> None:
     from bitjax.train.data import load_text, read_tokens
 
     model = load(arguments.model)
-    window = arguments.window or model.config.max_seq_len
+    window = model.config.max_seq_len if arguments.window is None else arguments.window
+    if window < 1:
+        raise ValueError(f"--window {window} is below 1")
     text, name = read_tokens(arguments.text)
     if not arguments.text:
         text, name = load_text(DataConfig()).valid, f"{name}, held-out tenth"
@@ -400,7 +426,7 @@ def _eval(arguments: argparse.Namespace) -> None:
                 name,
                 f"{score.tokens:,}",
                 f"{score.bits_per_byte:.4f} ± {score.bits_per_byte_error:.4f}",
-                f"{score.perplexity:.3f}",
+                f"{score.perplexity:,.3f}",
             )
         ],
     )
@@ -424,11 +450,20 @@ def _chat(arguments: argparse.Namespace) -> None:
     params = _sampling(arguments)
     template = None
     if arguments.template is not None:
-        template = arguments.template.read_text(encoding="utf-8")
+        template = _text_of(arguments.template)
     model = load(arguments.model, arguments.impl)
     form = ChatFormat(model.tokenizer, model.config, template)
     conversation = Conversation(form, model.config.max_seq_len, arguments.system)
     run_chat(Generator(model, arguments.cache), conversation, params)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from None
 
 
 def _sampling(arguments: argparse.Namespace) -> SamplingParams:
@@ -460,7 +495,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     from bitjax.inspection import inspect
 
-    inspect(arguments.model, arguments.i2s_group)
+    inspect(arguments.model, arguments.i2s_group, arguments.every)
 
 
 def _dummy(arguments: argparse.Namespace) -> None:
@@ -472,6 +507,8 @@ def _dummy(arguments: argparse.Namespace) -> None:
     if arguments.preset not in MODELS:
         raise ValueError(f"no preset {arguments.preset!r}; there are {', '.join(MODELS)}")
     _refuse_to_replace(arguments)
+    if arguments.seed < 0:
+        raise ValueError(f"--seed {arguments.seed} is below 0")
     config = override(MODELS[arguments.preset], arguments.settings)
     with terminal.byte_progress(arguments.output.name) as on_bytes:
         write_dummy(

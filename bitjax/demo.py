@@ -7,6 +7,7 @@ file with the custom calls. Interrupted, it goes on where it stopped.
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from bitjax.model import Transformer, bit_linears
 from bitjax.model.files import load_model, save_model
 from bitjax.ops import ffi
 from bitjax.presets import shakespeare
+from bitjax.printable import without_controls
 from bitjax.terminal import console
 from bitjax.train import Trainer, data, read_metrics, train
 
@@ -162,10 +164,10 @@ def stream_text(generator: Generator, prompt: str, params: SamplingParams) -> No
     started = time.perf_counter()
     generator.compile(prompt, params)
     compiled = time.perf_counter() - started
-    console.print(prompt, end="", markup=False)
     stream = generator.stream(prompt, params)
-    for piece in stream:
-        console.print(piece, end="", markup=False, soft_wrap=True)
+    for piece in itertools.chain([prompt], stream):
+        shown = without_controls(piece) if console.is_terminal else piece
+        console.print(shown, end="", markup=False, soft_wrap=True)
     done = stream.completion
     kernel = ffi.active_kernel() if ffi.available() else "pure JAX"
     console.print(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,8 +46,13 @@ class Matrix:
     scales: tuple[float, ...] = ()
 
 
-def inspect(source: str | Path, i2s_group: int | None = None) -> None:
+def inspect(source: str | Path, i2s_group: int | None = None, every: bool = False) -> None:
     """Print configuration, linear layers (codes, scales, zeros) and the tensors of the files.
+
+    Args:
+        source: the model.
+        i2s_group: of a GGUF source, see `bitjax.interop.gguf.read_gguf`.
+        every: print each matrix and tensor, not those of all blocks together.
 
     Raises:
         ValueError: nothing there, or nothing readable.
@@ -53,10 +60,11 @@ def inspect(source: str | Path, i2s_group: int | None = None) -> None:
     path = local_path(source)
     kind = format_of(path)
     checkpoint = open_checkpoint(path, i2s_group)
-    about = [("format", FORMATS[kind]), *_settings(checkpoint.config)]
-    if checkpoint.tokenizer is not None:
-        about.append(("tokenizer", tokenizer_line(checkpoint.tokenizer)))
-    terminal.table(("setting", "value"), about, title=str(source))
+    count = sum(math.prod(shape) for shape in tensor_shapes(checkpoint.config).values())
+    terminal.console.print(f"{source}: {FORMATS[kind]}, {count:,} parameters", soft_wrap=True)
+    tokenizer = checkpoint.tokenizer
+    about = [("tokenizer", "none" if tokenizer is None else tokenizer_line(tokenizer))]
+    terminal.table(("setting", "value"), [*_settings(checkpoint.config), *about])
     held = contents(path, kind, checkpoint.config)
     rows = []
     with terminal.byte_progress("reading") as on_bytes:
@@ -64,14 +72,9 @@ def inspect(source: str | Path, i2s_group: int | None = None) -> None:
         for done, matrix in enumerate(matrices(checkpoint, held), 1):
             rows.append(matrix)
             on_bytes(done, len(names))
-    terminal.table(
-        ("matrix", "shape", "held as", "-1", "0", "+1", "scale"), [_row(matrix) for matrix in rows]
-    )
+    _print_matrices(rows, every)
     if held is not None:
-        terminal.table(
-            ("tensor", "type", "shape", "bytes"),
-            [(t.name, t.kind, list(t.shape), f"{t.nbytes:,}") for t in held.tensors],
-        )
+        _print_tensors(held, every)
     terminal.console.print(summary(rows, held), soft_wrap=True)
 
 
@@ -136,11 +139,14 @@ def tokenizer_line(tokenizer: Tokenizer) -> str:
 
 def _settings(config: ModelConfig) -> list[tuple[str, object]]:
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    del settings["init_std"]  # of training alone
     scaling = settings["rope_scaling"]
     settings["rope_scaling"] = scaling.kind if scaling.kind == "none" else ", ".join(
         f"{key}={value}" for key, value in dataclasses.asdict(scaling).items()
     )  # fmt: skip
     settings["float_layers"] = " ".join(config.float_layers) or "none"
+    if config.linear_norm_eps is None:
+        settings["linear_norm_eps"] = "none"
     return list(settings.items())
 
 
@@ -149,13 +155,50 @@ def _layout(name: str) -> str:
     return next((layout for layout in LAYOUTS if name.endswith(f".weight.{layout}")), "")
 
 
-def _row(matrix: Matrix) -> tuple[str, ...]:
-    shape = f"{matrix.shape[0]} x {matrix.shape[1]}"
-    if matrix.counts is None:
-        return matrix.name, shape, matrix.held, "", "", "", ""
-    fractions = (f"{count / sum(matrix.counts):.1%}" for count in matrix.counts)
-    few = len(matrix.scales) <= 3
-    scales = "\n".join(f"{scale:.4g}" for scale in matrix.scales) if few else (
-        f"{min(matrix.scales):.4g}..{max(matrix.scales):.4g}"
+def _print_matrices(matrices: list[Matrix], every: bool) -> None:
+    """A line for each matrix, or for those of all blocks that are alike; 80 characters at most."""
+    alike: dict[tuple[object, ...], list[Matrix]] = {}
+    for matrix in matrices:
+        name = matrix.name if every else matrix.name.split(".", 2)[2]
+        key = name, matrix.shape, matrix.held, matrix.counts is None
+        alike.setdefault(key, []).append(matrix)
+    counted = any(matrix.counts is not None for matrix in matrices)
+    terminal.table(
+        ("matrix", *(() if every else ("no.",)), "shape", "held as",
+         *(("-1, 0, +1 (%)", "scale") if counted else ())),
+        [_row(str(name), group, every, counted) for (name, *_), group in alike.items()],
     )  # fmt: skip
-    return matrix.name, shape, matrix.held, *fractions, scales
+
+
+def _row(name: str, group: list[Matrix], every: bool, counted: bool) -> tuple[str, ...]:
+    first = group[0]
+    row = [name] if every else [name, str(len(group))]
+    row += [f"{first.shape[0]}x{first.shape[1]}", first.held]
+    counts = [matrix.counts for matrix in group if matrix.counts is not None]
+    if not counts:
+        return (*row, "", "") if counted else tuple(row)
+    totals = [sum(column) for column in zip(*counts, strict=True)]
+    shares = " ".join(f"{100 * total / sum(totals):4.1f}" for total in totals)
+    scales = {scale for matrix in group for scale in matrix.scales}
+    low, high = f"{min(scales):.2g}", f"{max(scales):.2g}"
+    return (*row, shares, f"{min(scales):.4g}" if low == high else f"{low}..{high}")
+
+
+def _print_tensors(held: Contents, every: bool) -> None:
+    """A line for each tensor, or for the tensors of all blocks that are alike."""
+    alike: dict[tuple[str, str, str], list[int]] = {}
+    for tensor in held.tensors:
+        name = tensor.name if every else _pattern(tensor.name)
+        alike.setdefault((name, tensor.kind, str(list(tensor.shape))), []).append(tensor.nbytes)
+    terminal.table(
+        ("tensor", *(() if every else ("no.",)), "type", "shape", "size"),
+        [
+            (name, *(() if every else (len(sizes),)), kind, shape, terminal.size(sum(sizes)))
+            for (name, kind, shape), sizes in alike.items()
+        ],
+    )
+
+
+def _pattern(name: str) -> str:
+    """A name with its block left open: `model.layers.7.mlp.up_proj.weight`, `*.mlp.up_proj...`."""
+    return re.sub(r"^.*?\.\d+\.", "*.", name)

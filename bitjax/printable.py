@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
+# Escapes and other controls of a terminal, which a model must not send; tabs and new lines stay.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
 
 def printable(text: str, keep: str = "") -> str:
     r"""Text without control characters, which could move a terminal's cursor and more.
@@ -9,3 +14,8 @@ def printable(text: str, keep: str = "") -> str:
     Each becomes its escape, such as `\x1b`, but for those to `keep`.
     """
     return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+
+
+def without_controls(text: str) -> str:
+    """A model's text as a terminal may get it: tabs and new lines are the only controls."""
+    return _CONTROLS.sub("", text)

@@ -28,6 +28,8 @@ in the output; `require_finite` refuses them where weights enter.
 
 from __future__ import annotations
 
+import gc
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -40,6 +42,7 @@ EPS = 1e-5
 # Largest number of int8 x {-1,0,1} products whose float32 sum is exact: 2**24 / 128.
 EXACT_FLOAT32_TERMS = 2**24 // 128
 ROWS_AT_ONCE = 1024  # of a matrix that is quantised in parts: a few megabytes of temporary values
+ALIGNMENT = 64  # bytes; what XLA on CPU asks of a buffer that it shall use without a copy
 
 
 Segments = tuple[int, ...]  # rows of each of several tensors stacked as one matrix
@@ -102,15 +105,38 @@ def quantize_matrix(kind: str, w_NxK: np.ndarray) -> tuple[np.ndarray, np.ndarra
     Returns:
         int8 codes `[N, K]` and a float32 scale `[]`.
     """
-    w = jnp.asarray(w_NxK).astype(jnp.float32)
-    scale = _absmean(w, ())
-    mean = _per_tensor_mean(w, ()) if kind == "binary" else None
-    codes = np.empty(w.shape, np.int8)
-    for first in range(0, len(w), ROWS_AT_ONCE):
+    w_NxK = np.asarray(w_NxK)
+    values = _aligned(w_NxK.shape)
+    values[...] = w_NxK
+    mean = np.asarray(_whole_mean(values)) if kind == "binary" else None
+    np.abs(values, out=values)
+    scale = np.maximum(_whole_mean(values), np.float32(EPS))
+    del values
+    gc.collect(0)  # else JAX lets go of the values, which it shared, with the next matrix only
+    inverse = np.float32(1) / scale
+    codes = np.empty(w_NxK.shape, np.int8)
+    for first in range(0, len(codes), ROWS_AT_ONCE):
         rows = slice(first, first + ROWS_AT_ONCE)
-        part = w[rows]
-        codes[rows] = _ternary_codes(part * (1.0 / scale)) if mean is None else _signs(part, mean)
-    return codes, np.asarray(scale).reshape(())
+        part = w_NxK[rows].astype(np.float32)
+        if mean is None:
+            codes[rows] = np.clip(np.rint(part * inverse), -1, 1)
+        else:
+            codes[rows] = np.where(part > mean, 1, -1)
+    return codes, scale
+
+
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """float32, not filled, where XLA needs no copy to use it."""
+    count = math.prod(shape)
+    raw = np.empty(4 * count + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + 4 * count].view(np.float32).reshape(shape)
+
+
+def _whole_mean(values: np.ndarray) -> np.ndarray:
+    """Of a tensor, float32 `[]`: summed by XLA in the order of the quantisers."""
+    there = jax.device_put(values, jax.local_devices(backend="cpu")[0], may_alias=True)
+    return np.asarray(_per_tensor_mean(there, ())).reshape(())
 
 
 def _ternary_codes(scaled: jax.Array) -> jax.Array:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -23,8 +24,15 @@ from rich.table import Table
 from bitjax.printable import printable
 from bitjax.train import Report
 
-# Names in files, and texts, may look like markup or names of pictures (:smile:).
-console = Console(highlight=False, markup=False, emoji=False)
+WIDTH_OF_FILES = 200  # columns of a table in a file or a pipe, which need not fit a screen
+
+
+def _console(file: IO[str] | None = None, width: int | None = None) -> Console:
+    # Names in files, and texts, may look like markup or names of pictures (:smile:).
+    return Console(file=file, width=width, highlight=False, markup=False, emoji=False)
+
+
+console = _console()
 
 
 @contextmanager
@@ -97,7 +105,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = ""
         drawn.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         drawn.add_row(*(printable(str(cell), keep="\n") for cell in row))
-    console.print(drawn)
+    wide = not console.is_terminal and "COLUMNS" not in os.environ
+    out = _console(console.file, WIDTH_OF_FILES) if wide else console
+    out.print(drawn)
 
 
 def size(count: float) -> str:

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import safetensors.numpy
+from jax.errors import JaxRuntimeError
 from texts import small_tokenizer
 from tiny import changed, tiny_model
 
@@ -82,7 +83,7 @@ def test_train_convert_eval_generate_inspect(recipe, text, tmp_path, capsys):
     assert "5 tokens" in out
     assert "kernel" in out
     for path in (model, directory):
-        assert run("inspect", path) == 0
+        assert run("inspect", path, "--all") == 0
         out = capsys.readouterr().out
         assert "blocks.0.attention.q" in out
         assert "hidden_size" in out
@@ -130,7 +131,7 @@ def test_convert_to_every_format(trained, tmp_path, capsys, bits, tables):
         assert run("generate", path, "--prompt", "ab", "--max-new-tokens", 2) == 0
         assert run("generate", path, "--max-new-tokens", 2, "--cache", "int8") == 0
         assert "2 tokens" in capsys.readouterr().out
-        assert run("inspect", path) == 0
+        assert run("inspect", path, "--all") == 0
         out = capsys.readouterr().out
         assert f"ternary{bits}" in out
         assert ("head" if tables == "int4" else "screen") + ".multipliers" in out
@@ -170,7 +171,7 @@ def test_smaller_formats_make_smaller_files(trained, tmp_path):
 def test_inspect_counts_bits(tmp_path, capsys, layout, tables, stored):
     path = tmp_path / "model.safetensors"
     save_model(path, pack_model(tiny_model(num_layers=1), layout, tables))
-    assert run("inspect", path) == 0
+    assert run("inspect", path, "--all") == 0
     out = capsys.readouterr().out
     assert layout in out
     weights = 48 * 32 + 32 * 24 + 48 * 32 + 32 * 24
@@ -307,7 +308,13 @@ def test_errors_are_one_sentence(recipe, packed, tmp_path, capsys):
     fails(capsys, "sizes must be 1 or more", "bench", "--shape", 0, 5)
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(packed.read_bytes()[:-7])
-    fails(capsys, "is not a safetensors file", "generate", damaged)
+    fails(capsys, "not fully covered; it may have been cut off", "generate", damaged)
+    fails(capsys, "nowhere: No such file or directory", "chat", packed, "--template", nowhere)
+    damaged.write_bytes(b"{{ \xff }}")
+    fails(capsys, "is not UTF-8 text: invalid start byte at byte 3",
+          "chat", packed, "--template", damaged)  # fmt: skip
+    fails(capsys, "--window 0 is below 1", "eval", packed, "--window", 0)
+    fails(capsys, "--seed -1 is below 0", "dummy", "7b", "-o", nowhere, "--seed", -1)
     assert not nowhere.exists()
 
 
@@ -421,3 +428,23 @@ def test_a_model_with_a_tokenizer(text, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("hello")
     assert run("inspect", packed) == 0
     assert "272 tokens, chat template" in " ".join(capsys.readouterr().out.split())
+
+
+def test_errors_of_xla_are_a_sentence_and_faults_of_ours_are_not(monkeypatch, capsys):
+    def failing(error):
+        def fail(*_):
+            raise error
+
+        return fail
+
+    said = "INTERNAL: Error dispatching computation: bitjax_packed_matmul: unknown kernel 'nope'"
+    monkeypatch.setattr("bitjax.bench.bench_kernels", failing(JaxRuntimeError(said)))
+    assert run("bench") == 1
+    assert capsys.readouterr().err == "bitjax: unknown kernel 'nope'\n"
+    said = "RESOURCE_EXHAUSTED: Out of memory allocating 15 bytes."
+    monkeypatch.setattr("bitjax.bench.bench_kernels", failing(JaxRuntimeError(said)))
+    assert run("bench") == 1
+    assert capsys.readouterr().err == "bitjax: Out of memory allocating 15 bytes.\n"
+    monkeypatch.setattr("bitjax.bench.bench_kernels", failing(RuntimeError("a fault")))
+    with pytest.raises(RuntimeError, match="a fault"):
+        run("bench")

@@ -171,6 +171,11 @@ def test_what_cannot_be_read(tmp_path, capsys):
     for name, start in {"a.bin": b"\x80\x02}q\x00.", "b.pt": b"PK\x03\x04data.pkl"}.items():
         (tmp_path / name).write_bytes(start)
         fails(capsys, "a Python pickle", "inspect", tmp_path / name)
+    (tmp_path / "empty").touch()
+    fails(capsys, "empty is empty", "inspect", tmp_path / "empty")
+    fails(capsys, "the name of the model is empty", "inspect", "")
+    (tmp_path / "no.gguf").write_bytes(b"<html>")
+    fails(capsys, "no.gguf is not a GGUF file", "inspect", tmp_path / "no.gguf")
     (tmp_path / "short").write_bytes(b"GG")
     fails(capsys, "is not a safetensors file", "inspect", tmp_path / "short")
     (tmp_path / "folder" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))

@@ -116,3 +116,34 @@ def test_scales_of_rows_are_a_range(tmp_path, capsys):
     save_model(tmp_path / "m", model)
     inspect(tmp_path / "m")
     assert "1..2" in capsys.readouterr().out
+
+
+def test_blocks_that_are_alike_are_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    model = tiny_model(num_layers=3, float_layers=("blocks.1.ffn.down",))
+    save_model(tmp_path / "m", pack_model(model))
+    inspect(tmp_path / "m")
+    lines = [line.split("│") for line in capsys.readouterr().out.splitlines()]
+    rows = [[cell.strip() for cell in cells[1:-1]] for cells in lines if len(cells) > 3]
+    (q,) = (row for row in rows if row[0] == "attention.q")
+    counts = np.zeros(3)
+    scales = []
+    for block in model.blocks:
+        w = np.asarray(block.attention.qkv.weight[...])[: q_rows(model)]
+        codes, scale = oracle.absmean_ternary(w)
+        counts += [(codes == c).sum() for c in (-1, 0, 1)]
+        scales.append(scale)
+    shares = " ".join(f"{100 * count / counts.sum():4.1f}" for count in counts)
+    shape = f"{q_rows(model)}x32"
+    assert q[1:] == ["3", shape, "ternary2", shares, f"{min(scales):.2g}..{max(scales):.2g}"]
+    # A float layer is no part of the line of the ternary ones.
+    assert [row[1:5:2] for row in rows if row[0] == "ffn.down"] == [["2", "ternary2"], ["1", "F32"]]
+    assert ["*.ffn.gate_up.weight.ternary2", "3", "U8"] in [row[:3] for row in rows]
+    inspect(tmp_path / "m", every=True)
+    out = capsys.readouterr().out
+    for name in ("blocks.2.attention.q", "blocks.1.ffn.gate_up.weight.ternary2"):
+        assert name in out
+
+
+def q_rows(model):
+    return model.blocks[0].attention.qkv.segments[0]

@@ -15,6 +15,7 @@ from bitjax.packing import (
     packed_rows,
     packed_shape,
     unpack,
+    unpack_ternary,
     validate,
 )
 
@@ -118,6 +119,10 @@ def test_round_trip_and_the_slow_packer(layout, rows, cols):
         np.testing.assert_array_equal(packed.multipliers, packing_oracle.pack_multipliers(m))
     wanted = packing_oracle.multiplied(w, m)
     got = jax.jit(unpack)(packed)
+    if layout.startswith("ternary"):
+        unpacked = unpack_ternary(np.asarray(packed.codes), rows, cols, layout)
+        assert unpacked.dtype == np.int8
+        np.testing.assert_array_equal(unpacked, got)
     assert got.dtype == np.int8
     np.testing.assert_array_equal(got, wanted)
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from bitjax import quant
+from bitjax.quant import WEIGHT_QUANTIZERS, quantize_matrix
 
 finite = st.floats(-1e6, 1e6, width=32)
 matrices = hnp.arrays(
@@ -280,3 +281,18 @@ def test_tables_of_other_dtypes_are_quantised_in_float32(dtype):
     for quantizer in (quant.int8_per_row, lambda w: quant.int4_grouped(w, 32)):
         for narrow, wide in zip(quantizer(w), quantizer(w.astype(np.float32)), strict=True):
             np.testing.assert_array_equal(narrow, wide)
+
+
+@pytest.mark.parametrize("kind", WEIGHT_QUANTIZERS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_matrix_by_itself_is_quantised_to_the_bit(kind, dtype):
+    rng = np.random.default_rng(5)
+    for shape in ((1, 1), (16, 32), (33, 100), (1025, 40)):  # 1,025 rows are two parts
+        w = np.asarray(jnp.asarray(rng.normal(0.01, 0.02, shape), dtype))
+        before = w.copy()
+        codes, scale = quantize_matrix(kind, w)
+        wanted = WEIGHT_QUANTIZERS[kind](jnp.asarray(w))
+        assert (codes.dtype, scale.dtype, scale.shape) == (np.int8, np.float32, ())
+        np.testing.assert_array_equal(codes, wanted.codes)
+        assert scale == wanted.scale[0, 0]
+        np.testing.assert_array_equal(w, before)

@@ -44,6 +44,18 @@ def test_plain_lines_when_not_a_terminal(screen):
     assert lines[-1] == "ternary  step 40/40  loss 2.500  12,346 tok/s  ETA 1:15"
 
 
+def test_a_table_is_folded_for_a_screen_only(screen, monkeypatch):
+    name = "long [bold]name" * 10  # 150 characters, on a screen of 120
+    for is_terminal, columns, folded in ((True, "", True), (False, "", False), (False, "90", True)):
+        monkeypatch.setenv("COLUMNS", columns)
+        if not columns:
+            monkeypatch.delenv("COLUMNS")
+        out = screen(is_terminal)
+        terminal.table(("name",), [(name,)])
+        assert (name not in out.getvalue()) == folded
+        assert "long" in out.getvalue()
+
+
 @pytest.mark.parametrize(
     ("count", "shown"),
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (364_965, "365.0 kB"), (2.5e9, "2.5 GB")],

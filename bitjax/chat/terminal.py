@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 import sys
 
 from bitjax.chat.conversation import Conversation
 from bitjax.infer import Completion, Generator, SamplingParams, Session
+from bitjax.printable import without_controls
 from bitjax.terminal import console
 
 HELP = """\
@@ -17,8 +17,6 @@ HELP = """\
 /help          this
 /quit          leave, as Ctrl-D or Ctrl-C do here; Ctrl-C during an answer stops it
 A line that ends with \\ goes on in the next; // at the beginning is a /."""
-# Escapes and other controls of a terminal, which a model must not send; tabs and new lines stay.
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 SHARE_OF_ANSWER = 4  # at least this part of the context is kept for an answer, if so much is wanted
 
 
@@ -143,7 +141,7 @@ class Chat:
         return console.status("") if self._interactive else contextlib.nullcontext()
 
     def _print(self, text: str) -> None:
-        sys.stdout.write(_CONTROLS.sub("", text) if self._interactive else text)
+        sys.stdout.write(without_controls(text) if self._interactive else text)
         sys.stdout.flush()
 
     def _say(self, text: str, error: bool = False) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import jax
@@ -13,6 +13,7 @@ from flax import nnx
 from bitjax.config import ModelConfig
 from bitjax.model import Transformer, bit_linears, layers_matching
 from bitjax.packing import (
+    BLOCK_ROWS,
     DITHER_CODE,
     GROUP,
     SCREEN_GROUP,
@@ -33,7 +34,8 @@ from bitjax.quant import (
 LayerLayouts = Sequence[tuple[str, LayoutName]]  # pattern of layer names -> layout
 TableFormat = Literal["float32", "bfloat16", "int8", "int4", "screened"]
 COLUMNS_OF = "ffn.down"  # the layer whose activations are mostly zero, behind ReLU^2
-SCREEN_ROWS = 4096  # of a table, screened at once: 100 MB of temporary values at 2,560 columns
+# Values of a table that are quantised at once: temporary float64 values of 8 MB each.
+VALUES_AT_ONCE = 2**20
 
 
 def pack_model(
@@ -84,9 +86,16 @@ def pack_model(
             table.set_value(pack_table(name, table[...], tables))  # type: ignore[arg-type]
     if tables == "screened":
         head_VxD = np.asarray((packed.embedding if packed.head is None else packed.head)[...])
-        pieces = (head_VxD[i : i + SCREEN_ROWS] for i in range(0, len(head_VxD), SCREEN_ROWS))
-        packed.screen = nnx.Param(make_screen(pieces))
+        packed.screen = nnx.Param(make_screen(in_pieces(head_VxD)))
     return packed
+
+
+def in_pieces(values: np.ndarray) -> Iterator[np.ndarray]:
+    """Consecutive rows, about `VALUES_AT_ONCE` values and whole blocks of rows but for the last."""
+    of_row = values[:1].size or 1
+    step = max(1, VALUES_AT_ONCE // of_row // BLOCK_ROWS) * BLOCK_ROWS
+    for first in range(0, len(values), step):
+        yield values[first : first + step]
 
 
 def require_packable(what: str, config: ModelConfig) -> None:
@@ -153,36 +162,49 @@ def pack_table(name: str, table_VxD: jax.Array, form: TableFormat) -> jax.Array 
     return table_VxD.astype(jnp.bfloat16 if form == "screened" else jnp.dtype(form))
 
 
-def make_screen(pieces: Iterable[np.ndarray], seed: int = 0) -> Screen:
-    """The screen of a table that comes in pieces.
+def make_screen(pieces: Iterable[np.ndarray]) -> Screen:
+    """The screen of a table that comes in pieces, as `screen_pieces` takes them."""
+    screens = list(screen_pieces(pieces))
+    first = screens[0].weights
+    weights = PackedWeights(
+        jnp.concatenate([screen.weights.codes for screen in screens]),
+        jnp.concatenate([screen.weights.scale for screen in screens]),
+        jnp.concatenate([m for s in screens if (m := s.weights.multipliers) is not None]),
+        sum(screen.weights.rows for screen in screens),
+        first.cols,
+        first.layout,
+    )
+    spreads = jnp.concatenate([screen.spreads for screen in screens])
+    norms = jnp.concatenate([screen.norms for screen in screens])
+    return Screen(weights, screens[0].dither, spreads, norms)
+
+
+def screen_pieces(pieces: Iterable[np.ndarray]) -> Iterator[Screen]:
+    """The screen of each piece of a table, all with one dither: together that of the table.
 
     Args:
         pieces: consecutive rows as bfloat16 `[n, D]`, n a multiple of 16 but for the last piece.
-        seed: of the dither.
     """
-    packed, spreads, norms = [], [], []
     for piece in pieces:
         w = piece.astype(np.float32)
         n, D = w.shape
-        # The same for every piece.
-        dither_D = np.random.default_rng(seed).random(D, np.float32) - np.full(D, 0.5, np.float32)
+        dither_D = screen_dither(D)
         codes, multipliers, scale = int4_dithered(w, SCREEN_GROUP, dither_D)
         whole = np.pad(codes, ((0, 0), (0, -D % SCREEN_GROUP))).reshape(n, -1, SCREEN_GROUP)
         whole = np.pad(whole, ((0, 0), (0, 0), (0, 1)), constant_values=DITHER_CODE)
         steps = multipliers * scale[:, None].astype(np.float64)
         screened = whole * steps[..., None]
-        packed.append(pack(whole.reshape(n, -1), scale, "int4", multipliers))
-        spreads.append((steps**4).sum(axis=1) ** 0.25)
-        norms.append(
-            np.sqrt(np.maximum(np.square(w).sum(axis=1), np.square(screened).sum(axis=(1, 2))))
+        spreads = (steps**4).sum(axis=1) ** 0.25
+        norms = np.sqrt(np.maximum(np.square(w).sum(axis=1), np.square(screened).sum(axis=(1, 2))))
+        yield Screen(
+            pack(whole.reshape(n, -1), scale, "int4", multipliers),
+            jnp.asarray(dither_D),
+            jnp.asarray(spreads, jnp.float32),
+            jnp.asarray(norms, jnp.float32),
         )
-    weights = PackedWeights(
-        jnp.concatenate([p.codes for p in packed]),
-        jnp.concatenate([p.scale for p in packed]),
-        jnp.concatenate([p.multipliers for p in packed if p.multipliers is not None]),
-        sum(p.rows for p in packed),
-        packed[0].cols,
-        "int4",
-    )
-    bounds = (jnp.asarray(np.concatenate(parts), jnp.float32) for parts in (spreads, norms))
-    return Screen(weights, jnp.asarray(dither_D), *bounds)
+
+
+def screen_dither(cols: int) -> np.ndarray:
+    """The dither of every screen of `cols` columns: float32 in [-1/2, 1/2), the same for all."""
+    drawn = np.random.default_rng(0).random(cols, np.float32)
+    return drawn - np.full(cols, 0.5, np.float32)

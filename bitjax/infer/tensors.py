@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 import jax.numpy as jnp
 import numpy as np
 
-from bitjax.infer.convert import TableFormat, make_screen, pack_table
-from bitjax.model.files import DTYPES, stored_arrays
+from bitjax.infer.convert import TableFormat, pack_table, screen_dither, screen_pieces
+from bitjax.model.files import DTYPES
 from bitjax.packing import (
     LAYOUTS,
     LayoutName,
@@ -95,6 +95,39 @@ def layer_tensors(
     ]
 
 
+class _Streamed:
+    """Arrays made piece by piece: the codes, which are not kept, and small ones, which are.
+
+    Args:
+        make: gives each piece as arrays by name, one of them "codes".
+    """
+
+    def __init__(self, make: Callable[[], Iterable[dict[str, np.ndarray]]]) -> None:
+        self._make = make
+        self._rest: dict[str, list[np.ndarray]] = {}
+
+    def codes(self) -> Iterator[np.ndarray]:
+        """The codes of every piece."""
+        self._rest = {}
+        for arrays in self._make():
+            codes = arrays.pop("codes")
+            for part, array in arrays.items():
+                self._rest.setdefault(part, []).append(array)
+            yield codes
+
+    def rest(self, part: str) -> list[np.ndarray]:
+        """All pieces of another array."""
+        if not self._rest:  # its turn comes before the codes'
+            for _ in self.codes():
+                pass
+        return self._rest[part]
+
+    def tensor(self, name: str, dtype: str, shape: tuple[int, ...], part: str) -> Tensor:
+        """One of the arrays as a tensor of a file."""
+        parts = self.codes if part == "codes" else functools.partial(self.rest, part)
+        return Tensor(name, DTYPES[dtype], shape, parts)
+
+
 def table_tensors(
     name: str, shape: tuple[int, int], form: TableFormat, pieces: Pieces
 ) -> list[Tensor]:
@@ -102,58 +135,56 @@ def table_tensors(
     if form not in ("int8", "int4"):
         dtype = DTYPES["F32" if form == "float32" else "BF16"]
         return [Tensor(name, dtype, shape, lambda: (piece.astype(dtype) for piece in pieces()))]
-    rest: dict[str, list[np.ndarray]] = {}
 
-    def codes() -> Iterator[np.ndarray]:
-        rest.update(scale=[], multipliers=[])
+    def made() -> Iterator[dict[str, np.ndarray]]:
         for piece in pieces():
             packed = pack_table(name, jnp.asarray(piece.astype(np.float32)), form)
             assert isinstance(packed, PackedWeights)
-            rest["scale"].append(np.asarray(packed.scale))
-            if packed.multipliers is not None:
-                rest["multipliers"].append(np.asarray(packed.multipliers))
-            yield np.asarray(packed.codes)
-
-    def left(part: str) -> list[np.ndarray]:
-        if not rest:  # its turn comes before the codes'
-            for _ in codes():
-                pass
-        return rest[part]
+            yield _arrays(packed)
 
     rows, cols = shape
+    streamed = _Streamed(made)
     tensors = [
-        Tensor(f"{name}.{form}", DTYPES["U8"], packed_shape(form, rows, cols), codes),
-        Tensor(f"{name}.scale", DTYPES["F32"], (rows,), lambda: left("scale")),
+        streamed.tensor(f"{name}.{form}", "U8", packed_shape(form, rows, cols), "codes"),
+        streamed.tensor(f"{name}.scale", "F32", (rows,), "scale"),
     ]
     if LAYOUTS[form].group_blocks:
         of_groups = multiplier_shape(rows, cols)
-        tensors.append(
-            Tensor(f"{name}.multipliers", DTYPES["U8"], of_groups, lambda: left("multipliers"))
-        )
+        tensors.append(streamed.tensor(f"{name}.multipliers", "U8", of_groups, "multipliers"))
     return tensors
 
 
 def screen_tensors(shape: tuple[int, int], pieces: Pieces) -> list[Tensor]:
-    """The screen of a head, which is made, whole, when it is first asked for.
+    """The screen of a head.
 
     Args:
         shape: of the head.
         pieces: its rows.
     """
 
-    @functools.cache
-    def made() -> dict[str, np.ndarray]:
-        screen = make_screen(piece.astype(DTYPES["BF16"]) for piece in pieces())
-        return {name: np.asarray(array) for name, array in stored_arrays("screen", screen).items()}
+    def made() -> Iterator[dict[str, np.ndarray]]:
+        for screen in screen_pieces(piece.astype(DTYPES["BF16"]) for piece in pieces()):
+            bounds = {"spreads": np.asarray(screen.spreads), "norms": np.asarray(screen.norms)}
+            yield _arrays(screen.weights) | bounds
 
     rows, cols = shape
     expanded = expanded_cols(cols)
-    shapes = {
-        "screen.int4": packed_shape("int4", rows, expanded),
-        "screen.multipliers": multiplier_shape(rows, expanded),
-        "screen.dither": (cols,),
-    } | {f"screen.{part}": (rows,) for part in ("scale", "spreads", "norms")}
+    streamed = _Streamed(made)
     return [
-        Tensor(name, DTYPES["U8" if len(s) == 3 else "F32"], s, lambda n=name: [made()[n]])  # type: ignore[misc]
-        for name, s in shapes.items()
+        Tensor("screen.dither", DTYPES["F32"], (cols,), lambda: [screen_dither(cols)]),
+        streamed.tensor("screen.int4", "U8", packed_shape("int4", rows, expanded), "codes"),
+        streamed.tensor(
+            "screen.multipliers", "U8", multiplier_shape(rows, expanded), "multipliers"
+        ),
+        *(
+            streamed.tensor(f"screen.{part}", "F32", (rows,), part)
+            for part in ("scale", "spreads", "norms")
+        ),
     ]
+
+
+def _arrays(packed: PackedWeights) -> dict[str, np.ndarray]:
+    arrays = {"codes": np.asarray(packed.codes), "scale": np.asarray(packed.scale)}
+    if packed.multipliers is not None:
+        arrays["multipliers"] = np.asarray(packed.multipliers)
+    return arrays

@@ -22,6 +22,8 @@ def local_path(source: str | Path) -> Path:
         ValueError: there is nothing.
     """
     path = Path(source)
+    if not str(source):
+        raise ValueError("the name of the model is empty")
     if path.exists():
         return path
     if is_hub_name(str(source)):
@@ -52,6 +54,8 @@ def format_of(path: Path) -> Format:
             raise ValueError(f"{path} is no file")
         with path.open("rb") as file:
             start = file.read(9)
+        if not start:
+            raise ValueError(f"{path} is empty")
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
     if start[:4] == b"GGUF":
@@ -64,6 +68,8 @@ def format_of(path: Path) -> Format:
             f"{path} is a Python pickle, or an archive with one, which may run any code when it is "
             "read; only safetensors and GGUF files are"
         )
+    if path.suffix == ".gguf":
+        raise ValueError(f"{path} is not a GGUF file: it does not begin with the letters GGUF")
     return "bitjax"
 
 

@@ -20,9 +20,9 @@ import numpy as np
 
 from bitjax.infer.convert import (
     COLUMNS_OF,
-    SCREEN_ROWS,
     LayerLayouts,
     TableFormat,
+    in_pieces,
     layouts_by_layer,
     require_packable,
     require_zeros,
@@ -52,7 +52,7 @@ from bitjax.packing import (
     PackedWeights,
     pack,
     packed_rows,
-    unpack,
+    unpack_ternary,
     with_columns,
 )
 from bitjax.quant import WEIGHT_QUANTIZERS, quantize_matrix, require_finite
@@ -121,13 +121,14 @@ def _matrix(layer: BitLinear, index: int) -> np.ndarray | Ternary:
     codes = np.empty((last - first, weight.cols), np.int8)
     # Whole blocks of rows, of which the first and the last may be shared with a neighbour.
     step = ROWS_AT_ONCE // BLOCK_ROWS
+    stored_codes = np.asarray(weight.codes)
     for block in range(first // BLOCK_ROWS, -(-last // BLOCK_ROWS), step):
-        stored = weight.codes[block : block + step]
+        stored = stored_codes[block : block + step]
         rows = min(stored.shape[0] * BLOCK_ROWS, weight.rows - block * BLOCK_ROWS)
-        part = PackedWeights(stored, jnp.ones(()), None, rows, weight.cols, weight.layout)
+        part = unpack_ternary(stored, rows, weight.cols, weight.layout)
         start = block * BLOCK_ROWS
         taken = slice(max(first, start), min(last, start + rows))
-        codes[taken.start - first : taken.stop - first] = np.asarray(unpack(part))[
+        codes[taken.start - first : taken.stop - first] = part[
             taken.start - start : taken.stop - start
         ]
     scale = np.asarray(weight.scale)
@@ -164,8 +165,8 @@ class _Source:
         """Whether a layer is stored by columns as well."""
         return self.columns and layer.endswith(COLUMNS_OF)
 
-    def floats(self, name: str, least: int = 1) -> Iterator[np.ndarray]:
-        """A parameter of floats: consecutive pieces, of whole matrices and `least` rows or more.
+    def floats(self, name: str) -> Iterator[np.ndarray]:
+        """A parameter of floats: consecutive rows, see `in_pieces`.
 
         Raises:
             ValueError: it is ternary, or not finite.
@@ -173,11 +174,11 @@ class _Source:
         layer = name.removesuffix(".weight")
         if layer in self.layouts:
             for matrix in matrices_of(layer):
-                yield from _pieces(self._floats(matrix), least)
+                yield from in_pieces(self._floats(matrix))
         elif name.endswith(".norm.scale") and name.removesuffix(".norm.scale") in self.layouts:
             yield self._norms(name.removesuffix(".norm.scale"))
         else:
-            yield from _pieces(self._floats(name.removesuffix(".scale")), least)
+            yield from in_pieces(self._floats(name.removesuffix(".scale")))
 
     def _norms(self, layer: str) -> np.ndarray:
         """The scales of a layer's own norms: `[K]`, or `[matrices, K]` for several matrices."""
@@ -226,12 +227,6 @@ class _Source:
         return tensor_shapes(self.checkpoint.config)
 
 
-def _pieces(values: np.ndarray, least: int) -> Iterator[np.ndarray]:
-    step = max(least, ROWS_AT_ONCE)
-    for first in range(0, len(values), step):
-        yield values[first : first + step]
-
-
 def write_model(
     path: Path,
     checkpoint: Checkpoint,
@@ -273,7 +268,7 @@ def write_model(
     for name, parameter in parameters(model):
         shape = parameter.get_value().shape
         layer = name.removesuffix(".weight")
-        rows = functools.partial(source.floats, name, SCREEN_ROWS)
+        rows = functools.partial(source.floats, name)
         if layer in layers and source.packs(layer) and not as_float:
             tensors += layer_tensors(
                 name, shape, source.layouts[layer], source.has_columns(layer), packed

@@ -19,6 +19,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from bitjax.model.files import no_safetensors
+
 # An entry of a header takes about 150 bytes: room for 50,000 tensors, where Llama 405B has 1,137.
 MAX_HEADER_BYTES = 8 * 2**20
 MAX_JSON_BYTES = 8 * 2**20  # of a configuration or an index, whose entries are smaller still
@@ -129,7 +131,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+        raise ValueError(no_safetensors(path, error)) from None
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():

@@ -307,12 +307,18 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
     except (safetensors.SafetensorError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+        raise ValueError(no_safetensors(path, error)) from None
     header.pop("__metadata__", None)
     for name in header:
         if not name.isprintable():  # nor would be the messages that quote it
             raise ValueError(f"{path}: the tensor name {name!r:.80} is not printable")
     return header, 8 + length
+
+
+def no_safetensors(path: Path, error: Exception) -> str:
+    """What to say of a file that the safetensors library refuses."""
+    cut = "; it may have been cut off" if "not fully covered" in str(error) else ""
+    return f"{path} is not a safetensors file: {error}{cut}"
 
 
 def _read_safetensors(path: Path) -> tuple[str, dict[str, np.ndarray]]:

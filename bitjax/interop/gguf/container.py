@@ -251,8 +251,13 @@ class _Cursor:
         if kind != STRING:
             raise ValueError(f"{self.path}: {key} is an array of value type {kind}, not allowed")
         self._strings -= count
-        if self._strings < 0 or count * 8 > len(self._data) - self.at:
+        if self._strings < 0:
             raise ValueError(f"{self.path}: {key} has {count} strings, too many")
+        if count * 8 > len(self._data) - self.at:
+            raise ValueError(
+                f"{self.path}: {key} has {count} strings, too many for a file of "
+                f"{len(self._data):,} bytes; it may have been cut off"
+            )
         return [self.string(key, MAX_METADATA) for _ in range(count)]
 
 
