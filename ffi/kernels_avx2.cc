@@ -2,7 +2,9 @@
 //
 // Differs from the scalar kernel only in the order of exact integer sums: vpmaddubsw adds two
 // products of code and activation, of magnitude 2 * max_code * 128; an int16 lane takes a span of
-// such sums before vpmaddwd widens them. int8 codes are split into nibbles, which are small enough.
+// such sums before vpmaddwd widens them, for int4 by the multipliers. Codes that are scaled by 4 for
+// want of a shift (products.h) have shorter spans. int8 codes are split into nibbles, which are small
+// enough.
 
 #include "ymm.h"
 
@@ -15,6 +17,9 @@ struct Avx2 : Ymm {
   // Both halves of a block, for a few chains of additions, as long as the sums have registers.
   static constexpr int stream_vectors(int m) { return m <= 2 ? 2 : 1; }
   static constexpr bool mask_in_place(int) { return false; }
+  static constexpr bool pairs(Layout layout) {
+    return layout == Layout::kTernary2 || layout == Layout::kTernary16;
+  }
 
   template <int max_code>
   struct Dot {
@@ -31,6 +36,24 @@ struct Avx2 : Ymm {
     }
     static Sums widen(Sums acc, Narrow narrow) {
       return _mm256_add_epi32(acc, _mm256_madd_epi16(narrow, _mm256_set1_epi16(1)));
+    }
+    // A half of what is taken off goes to each int16 of a lane. They are sums of 16 products of a code
+    // and an activation, less 4 times the sum of 32 activations: 4 * 128 * 16 + 11 * 128 * 16 at most.
+    static Narrow group_start(int32_t offset, int32_t sum) {
+      return _mm256_set1_epi16(static_cast<int16_t>(-offset / 2 * sum));
+    }
+    template <int M>
+    static void add_multiplied(Sums (&acc)[M], const Narrow (&group)[M],
+                               const uint8_t* multipliers) {
+      // 8 bytes in both halves; to both int16 of a lane, of rows 0 to 3 and of rows 4 to 7
+      const __m256i to_pairs = _mm256_setr_epi8(
+          0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3, -1,
+          4, -1, 4, -1, 5, -1, 5, -1, 6, -1, 6, -1, 7, -1, 7, -1);
+      long long eight;
+      __builtin_memcpy(&eight, multipliers, sizeof eight);
+      const __m256i m = _mm256_shuffle_epi8(_mm256_set1_epi64x(eight), to_pairs);
+      for (int i = 0; i < M; ++i)
+        acc[i] = _mm256_add_epi32(acc[i], _mm256_madd_epi16(group[i], m));
     }
   };
 };

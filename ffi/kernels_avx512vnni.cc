@@ -29,6 +29,7 @@ struct Avx512 {
   static constexpr int stream_vectors(int) { return 1; }
   static constexpr int stream_blocks(int m) { return m <= 2 ? 1 : 2; }
   static constexpr bool mask_in_place(int m) { return m <= 2; }
+  static constexpr bool pairs(Layout) { return false; }
   static constexpr bool multiply_first(int m) { return m > 2; }
 
   static Bytes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -72,7 +73,7 @@ struct Avx512 {
   }
 
   template <int max_code>
-  struct Dot {
+  struct Dot : WideGroups<Avx512> {
     using Narrow = Sums;
     static constexpr int64_t kSpan = int64_t{1} << 40;
     static Narrow none() { return _mm512_setzero_si512(); }
@@ -94,9 +95,14 @@ struct Avx512 {
 #else
   static constexpr int64_t kStreamedRows = 16;
   static constexpr bool kHasTritTable = false;
-  static Bytes trit_of_multiple(Bytes b) {
-    const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kNibbleTrits));
-    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), b);
+  static Bytes lookup(const uint8_t (&table)[16], Bytes b) {
+    const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), b);
+  }
+  // Two multiples side by side are a multiple of 16 bits, which the inverse of n modulo 2^16 divides.
+  template <int n>
+  static Bytes divided(Bytes b) {
+    return _mm512_mullo_epi16(b, _mm512_set1_epi16(static_cast<int16_t>(inverse_of(n))));
   }
 #endif
 };

@@ -21,9 +21,10 @@ struct AvxVnni : Ymm {
   // More rows would spill those; up to three, half a block's planes still fit.
   static constexpr int stream_vectors(int m) { return m == 1 ? 2 : 1; }
   static constexpr bool mask_in_place(int m) { return m <= 3; }
+  static constexpr bool pairs(Layout layout) { return layout == Layout::kTernary16; }
 
   template <int max_code>
-  struct Dot {
+  struct Dot : WideGroups<AvxVnni> {
     using Narrow = Sums;
     static constexpr int64_t kSpan = int64_t{1} << 40;
     static Narrow none() { return _mm256_setzero_si256(); }

@@ -16,7 +16,7 @@ struct DotProd : NeonVectors {
   static constexpr int stream_vectors(int) { return 4; }
 
   template <int max_code>
-  struct Dot {
+  struct Dot : WideGroups<NeonVectors> {
     using Narrow = Sums;
     static constexpr int64_t kSpan = int64_t{1} << 40;
     static Narrow none() { return vdupq_n_s32(0); }

@@ -20,6 +20,7 @@ struct NeonVectors {
   static constexpr int stream_blocks(int) { return 1; }
   static constexpr bool multiply_first(int) { return false; }
   static constexpr bool mask_in_place(int) { return false; }
+  static constexpr bool pairs(Layout) { return false; }
 
   static Bytes load(const uint8_t* p) { return vld1q_u8(p); }
   static void store(uint8_t* p, Bytes b) { vst1q_u8(p, b); }
@@ -55,8 +56,12 @@ struct NeonVectors {
   }
 
   static constexpr bool kHasTritTable = false;
-  static Bytes trit_of_multiple(Bytes b) {
-    return vqtbl1q_u8(vld1q_u8(kNibbleTrits), vandq_u8(b, vdupq_n_u8(15)));
+  static Bytes lookup(const uint8_t (&table)[16], Bytes b) {
+    return vqtbl1q_u8(vld1q_u8(table), vandq_u8(b, vdupq_n_u8(15)));
+  }
+  template <int n>
+  static Bytes divided(Bytes b) {
+    return vmulq_u8(b, vdupq_n_u8(static_cast<uint8_t>(inverse_of(n))));
   }
 };
 

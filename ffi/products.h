@@ -14,14 +14,17 @@
 //   Isa::kStreamedRows       activation rows up to which few_rows() beats panels
 //   Isa::mask_in_place(m)    whether codes scaled by a power of their base may be multiplied: they
 //                            save shifts, want 32-bit products, and an accumulator for every plane
+//   Isa::pairs(layout)       whether a single row is multiplied with paired planes (see below)
 //   Isa::stream_blocks(m)    row blocks that few_rows() takes in one pass
 //   Isa::multiply_first(m)   whether int4 codes are multiplied before their products are summed
 //   Isa::Dot<max_code>       multiplies: Narrow, kSpan (calls that Narrow can take before widen()),
 //                            dot(Narrow, Bytes codes, int32 group of 4 activations),
 //                            widen(Sums, Narrow)
+//                            for int4 also group_start(offset, sum): Narrow that add up to -offset *
+//                            sum of 32 activations; add_multiplied(Sums[], Narrow[], multipliers)
 //   Isa::kHasTritTable       whether there is trit_fields(b): 2-bit fields of the base-3 digits of
-//                            0..80; otherwise there is trit_of_multiple(b): the digit d of 3d, 9d or
-//                            27d, which kNibbleTrits tells from the low four bits
+//                            0..80; otherwise there are lookup(table of 16, b), by the low four bits of
+//                            b < 128, and divided<n>(b), of multiples of an odd n
 //   and, on vectors, load, store, splat, land, sub, umin, shr<n> (16-bit units), mul_bytes (products
 //   below 256, by the same byte in both halves of a 16-bit unit); splat32, add, sub32, mul32, sar<n>, load_sums, store_sums, load_lane_bytes (one byte a
 //   row, widened to Sums), repeat_lane_bytes (one byte a row, in all four bytes of its lane).
@@ -31,145 +34,12 @@
 #include <cstdint>
 
 #include "kernel.h"
+#include "layouts.h"
 #include "rows.h"
 
+#define BITJAX_INLINE __attribute__((always_inline))  // of a lambda
+
 namespace bitjax {
-
-// ---- layouts: a vector of packed bytes to planes -------------------------------------------------
-//
-// clean() gives codes, scaled() codes times a factor that differs by plane and costs less to reach;
-// unscale_plane() divides a plane's sums by it, exactly, for they are multiples of it, and unscale()
-// adds all planes up.
-
-template <class Isa, template <class> class L>
-typename Isa::Sums unscale_planes(const typename Isa::Sums (&sum)[L<Isa>::kPlanes]) {
-  typename Isa::Sums total = L<Isa>::unscale_plane(sum[0], 0);
-  for (int s = 1; s < L<Isa>::kPlanes; ++s)
-    total = Isa::add(total, L<Isa>::unscale_plane(sum[s], s));
-  return total;
-}
-
-template <class Isa>
-struct Ternary2 {
-  using Bytes = typename Isa::Bytes;
-  using Sums = typename Isa::Sums;
-  static constexpr Layout kLayout = Layout::kTernary2;
-  static constexpr int kPlanes = spec(kLayout).planes;
-  static constexpr int kMaxCode = 3;
-
-  static void clean(Bytes b, Bytes (&plane)[kPlanes]) {
-    const Bytes mask = Isa::splat(3);
-    // Shifts move 16-bit units and drag bits of the neighbouring byte in; the mask removes them.
-    plane[0] = Isa::land(b, mask);
-    plane[1] = Isa::land(Isa::template shr<2>(b), mask);
-    plane[2] = Isa::land(Isa::template shr<4>(b), mask);
-    plane[3] = Isa::land(Isa::template shr<6>(b), mask);
-  }
-  static void scaled(Bytes b, Bytes (&plane)[kPlanes]) {  // by 4^s
-    for (int s = 0; s < kPlanes; ++s)
-      plane[s] = Isa::land(b, Isa::splat(static_cast<uint8_t>(3 << (2 * s))));
-  }
-  static Sums unscale_plane(Sums sum, int s) {
-    return s == 0   ? sum
-           : s == 1 ? Isa::template sar<2>(sum)
-           : s == 2 ? Isa::template sar<4>(sum)
-                    : Isa::template sar<6>(sum);
-  }
-  static Sums unscale(const Sums (&sum)[kPlanes]) { return unscale_planes<Isa, Ternary2>(sum); }
-};
-
-// Digits are taken from the top: remainder<81> leaves 0..80 and the difference is 81 * digit. The
-// other four digits of 0..80 come, as 2-bit fields like those of Ternary2, from a table where the
-// instruction set has one of 81 entries, or one by one.
-template <class Isa>
-struct Ternary16 {
-  using Bytes = typename Isa::Bytes;
-  using Sums = typename Isa::Sums;
-  static constexpr Layout kLayout = Layout::kTernary16;
-  static constexpr int kPlanes = spec(kLayout).planes;
-  static constexpr int kMaxCode = 3;
-
-  // b mod m for b < 3m: where b < m, b - m wraps around to a large value, and the minimum keeps b.
-  static Bytes remainder(Bytes b, uint8_t m) {
-    b = Isa::umin(b, Isa::sub(b, Isa::splat(m)));
-    return Isa::umin(b, Isa::sub(b, Isa::splat(m)));
-  }
-  // planes 3, 2, 1, 0 of 27 * d3 + 9 * d2 + 3 * d1 + d0, each times its power of three
-  static void digits(Bytes rest, Bytes (&plane)[kPlanes]) {
-    for (int s = 3; s > 0; --s) {
-      const Bytes below = remainder(rest, kPowersOf3[s]);
-      plane[s] = Isa::sub(rest, below);
-      rest = below;
-    }
-    plane[0] = rest;
-  }
-  static void clean(Bytes b, Bytes (&plane)[kPlanes]) {
-    const Bytes rest = remainder(b, 81);
-    const Bytes mask = Isa::splat(3);
-    const Bytes top = Isa::land(Isa::sub(b, rest), mask);  // 0, 81, 162 end in the bits 0, 1, 2
-    if constexpr (Isa::kHasTritTable) {
-      Bytes fields[4];
-      Ternary2<Isa>::clean(Isa::trit_fields(rest), fields);
-      for (int s = 0; s < 4; ++s) plane[s] = fields[s];
-    } else {
-      digits(rest, plane);
-      for (int s = 1; s < 4; ++s) plane[s] = Isa::trit_of_multiple(plane[s]);
-    }
-    plane[4] = top;
-  }
-  static void scaled(Bytes b, Bytes (&plane)[kPlanes]) {
-    const Bytes rest = remainder(b, 81);
-    plane[4] = Isa::sub(b, rest);  // by 81
-    if constexpr (Isa::kHasTritTable) {
-      Bytes fields[4];
-      Ternary2<Isa>::scaled(Isa::trit_fields(rest), fields);  // by 4^s
-      for (int s = 0; s < 4; ++s) plane[s] = fields[s];
-    } else {
-      digits(rest, plane);  // by 3^s
-    }
-  }
-  static Sums unscale_plane(Sums sum, int s) {
-    if (Isa::kHasTritTable && s < 4) return Ternary2<Isa>::unscale_plane(sum, s);
-    // Multiplying by the inverse of 3^s modulo 2^32 divides a multiple of 3^s.
-    constexpr uint32_t kInverse[kPlanes] = {1, 0xAAAAAAABU, 0x38E38E39U, 0x684BDA13U, 0x781948B1U};
-    return s == 0 ? sum : Isa::mul32(sum, Isa::splat32(static_cast<int32_t>(kInverse[s])));
-  }
-  static Sums unscale(const Sums (&sum)[kPlanes]) { return unscale_planes<Isa, Ternary16>(sum); }
-};
-
-template <class Isa>
-struct Int4 {
-  using Bytes = typename Isa::Bytes;
-  using Sums = typename Isa::Sums;
-  static constexpr Layout kLayout = Layout::kInt4;
-  static constexpr int kPlanes = spec(kLayout).planes;
-  static constexpr int kMaxCode = 15;
-
-  static void clean(Bytes b, Bytes (&plane)[kPlanes]) {
-    const Bytes mask = Isa::splat(15);
-    plane[0] = Isa::land(b, mask);
-    plane[1] = Isa::land(Isa::template shr<4>(b), mask);
-  }
-  static void scaled(Bytes b, Bytes (&plane)[kPlanes]) {  // by 16^s
-    plane[0] = Isa::land(b, Isa::splat(0x0F));
-    plane[1] = Isa::land(b, Isa::splat(0xF0));
-  }
-  static Sums unscale_plane(Sums sum, int s) { return s == 0 ? sum : Isa::template sar<4>(sum); }
-  static Sums unscale(const Sums (&sum)[kPlanes]) { return unscale_planes<Isa, Int4>(sum); }
-};
-
-template <class Isa>
-struct Int8 {
-  using Bytes = typename Isa::Bytes;
-  using Sums = typename Isa::Sums;
-  static constexpr Layout kLayout = Layout::kInt8;
-  static constexpr int kPlanes = 1;
-  static constexpr int kMaxCode = 255;
-
-  static void clean(Bytes b, Bytes (&plane)[kPlanes]) { plane[0] = b; }
-  static void scaled(Bytes b, Bytes (&plane)[kPlanes]) { plane[0] = b; }
-  static Sums unscale(const Sums (&sum)[kPlanes]) { return sum[0]; }
-};
 
 inline int32_t four_activations(const int8_t* q) {
   int32_t group;
@@ -177,16 +47,17 @@ inline int32_t four_activations(const int8_t* q) {
   return group;
 }
 
-// Low four bits of 0, 3, 6; 0, 9, 18; 0, 27, 54 to 0, 1, 2.
-constexpr uint8_t kNibbleTrits[16] = {0, 0, 2, 1, 0, 0, 2, 0, 0, 1, 0, 1, 0, 0, 0, 0};
+// A group of int4 where Narrow is Sums.
+template <class Isa>
+struct WideGroups {
+  using Sums = typename Isa::Sums;
 
-// 2-bit fields of the four base-3 digits of each index below 81.
-struct TritFields {
-  uint8_t fields[128] = {};
-  constexpr TritFields() {
-    for (int b = 0; b < 81; ++b)
-      for (int s = 0; s < 4; ++s)
-        fields[b] = static_cast<uint8_t>(fields[b] | (b / kPowersOf3[s] % 3) << (2 * s));
+  static Sums group_start(int32_t offset, int32_t sum) { return Isa::splat32(-offset * sum); }
+
+  template <int M>
+  static void add_multiplied(Sums (&acc)[M], const Sums (&group)[M], const uint8_t* multipliers) {
+    const Sums m = Isa::load_lane_bytes(multipliers);
+    for (int i = 0; i < M; ++i) acc[i] = Isa::add(acc[i], Isa::mul32(group[i], m));
   }
 };
 
@@ -332,6 +203,51 @@ void unpacked_pass(const PackedRows& w, int64_t row, const FewActivations& x, in
   }
 }
 
+// One row: even and odd planes have accumulators of their own, for their codes' factors differ, and spans
+// are of constant length: short loops of a length known too late cost half the speed.
+template <class Isa, template <class> class L>
+void paired_row(const PackedRows& w, const FewActivations& x, int32_t* out) {
+  using Lay = L<Isa>;
+  using Bytes = typename Isa::Bytes;
+  using Sums = typename Isa::Sums;
+  using Dot = typename Isa::template Dot<Lay::kPairCode>;
+  constexpr int P = Lay::kPlanes;
+  constexpr int H = kBlockRows / Isa::kLanes;
+  constexpr int kMostBlocks = 64;
+  constexpr int64_t kFit = Dot::kSpan / ((P + 1) / 2);
+  constexpr int kStep = kFit < kMostBlocks ? kFit : kMostBlocks;
+  for (int64_t row = 0; row < w.row_blocks; ++row) {
+    const uint8_t* codes = w.codes + row * w.input_blocks * kBlockBytes;
+    Sums acc[H][2];
+    for (int h = 0; h < H; ++h)
+      for (int odd = 0; odd < 2; ++odd) acc[h][odd] = Isa::splat32(0);
+    const auto span = [&](int64_t first, int blocks) BITJAX_INLINE {
+      typename Dot::Narrow narrow[H][2];
+      for (int h = 0; h < H; ++h)
+        for (int odd = 0; odd < 2; ++odd) narrow[h][odd] = Dot::none();
+      for (int64_t kb = first; kb < first + blocks; ++kb) {
+        __builtin_prefetch(codes + kb * kBlockBytes + kPrefetchBytes);
+        const int8_t* a = x.q + kb * P * kLaneBytes;
+        for (int h = 0; h < H; ++h) {
+          Lay::paired(Isa::load(codes + kb * kBlockBytes + h * Isa::kLanes * kLaneBytes),
+                      [&](int s, Bytes plane) BITJAX_INLINE {
+                        narrow[h][s % 2] = Dot::dot(narrow[h][s % 2], plane,
+                                                    four_activations(a + s * kLaneBytes));
+                      });
+        }
+      }
+      for (int h = 0; h < H; ++h)
+        for (int odd = 0; odd < 2; ++odd) acc[h][odd] = Dot::widen(acc[h][odd], narrow[h][odd]);
+    };
+    int64_t kb = 0;
+    for (; kb + kStep <= w.input_blocks; kb += kStep) span(kb, kStep);
+    span(kb, static_cast<int>(w.input_blocks - kb));
+    for (int h = 0; h < H; ++h)
+      Isa::store_sums(out + row * kBlockRows + h * Isa::kLanes,
+                      Isa::add(acc[h][0], Lay::unscale_odd(acc[h][1])));
+  }
+}
+
 template <class Isa, template <class> class L, int M, int H>
 void unpacked_rows(const PackedRows& w, const FewActivations& x, int32_t* out, int64_t out_stride) {
   constexpr int B = Isa::stream_blocks(M);
@@ -342,8 +258,9 @@ void unpacked_rows(const PackedRows& w, const FewActivations& x, int32_t* out, i
     unpacked_pass<Isa, L, M, H, 1>(w, row, x, out, out_stride);
 }
 
-// int4: after each group of blocks the sums, freed of their offset, are multiplied.
-template <class Isa, int M>
+// int4: the sums of each group of blocks start at what frees them of the codes' offset, and are
+// multiplied at the end.
+template <class Isa, int M, int H>
 void grouped_rows(const PackedRows& w, const FewActivations& x, int32_t* out, int64_t out_stride) {
   using Lay = Int4<Isa>;
   using Bytes = typename Isa::Bytes;
@@ -356,32 +273,39 @@ void grouped_rows(const PackedRows& w, const FewActivations& x, int32_t* out, in
   for (int64_t row = 0; row < w.row_blocks; ++row) {
     const uint8_t* codes = w.codes + row * w.input_blocks * kBlockBytes;
     const uint8_t* multipliers = w.multipliers + row * groups * kBlockRows;
-    for (int v = 0; v < kBlockRows / Isa::kLanes; ++v) {
-      Sums acc[M];
-      for (int i = 0; i < M; ++i) acc[i] = Isa::splat32(0);
+    for (int v = 0; v < kBlockRows / Isa::kLanes; v += H) {
+      Sums acc[H][M];
+      for (int h = 0; h < H; ++h)
+        for (int i = 0; i < M; ++i) acc[h][i] = Isa::splat32(0);
       for (int64_t g = 0; g < groups; ++g) {
-        typename Dot::Narrow narrow[M];
-        for (int i = 0; i < M; ++i) narrow[i] = Dot::none();
+        typename Dot::Narrow narrow[H][M];
+        for (int i = 0; i < M; ++i) {
+          const typename Dot::Narrow start =
+              Dot::group_start(kSpec.offset, x.group_sums[i * x.group_stride + g]);
+          for (int h = 0; h < H; ++h) narrow[h][i] = start;
+        }
         for (int b = 0; b < kSpec.group_blocks; ++b) {
           const int64_t kb = g * kSpec.group_blocks + b;
           __builtin_prefetch(codes + kb * kBlockBytes + kPrefetchBytes);
-          Bytes plane[P];
-          Lay::clean(Isa::load(codes + kb * kBlockBytes + v * Isa::kLanes * kLaneBytes), plane);
           const int8_t* a = x.q + kb * P * kLaneBytes;
-          for (int s = 0; s < P; ++s)
-            for (int i = 0; i < M; ++i)
-              narrow[i] = Dot::dot(narrow[i], plane[s],
-                                   four_activations(a + i * x.q_stride + s * kLaneBytes));
+          for (int h = 0; h < H; ++h) {
+            Bytes plane[P];
+            Lay::clean(Isa::load(codes + kb * kBlockBytes + (v + h) * Isa::kLanes * kLaneBytes),
+                       plane);
+            for (int s = 0; s < P; ++s)
+              for (int i = 0; i < M; ++i)
+                narrow[h][i] = Dot::dot(narrow[h][i], plane[s],
+                                        four_activations(a + i * x.q_stride + s * kLaneBytes));
+          }
         }
-        const Sums m = Isa::load_lane_bytes(multipliers + g * kBlockRows + v * Isa::kLanes);
-        for (int i = 0; i < M; ++i) {
-          const int32_t offset = kSpec.offset * x.group_sums[i * x.group_stride + g];
-          const Sums sum = Dot::widen(Isa::splat32(-offset), narrow[i]);
-          acc[i] = Isa::add(acc[i], Isa::mul32(sum, m));
-        }
+        for (int h = 0; h < H; ++h)
+          Dot::add_multiplied(acc[h], narrow[h],
+                              multipliers + g * kBlockRows + (v + h) * Isa::kLanes);
       }
-      for (int i = 0; i < M; ++i)
-        Isa::store_sums(out + i * out_stride + row * kBlockRows + v * Isa::kLanes, acc[i]);
+      for (int h = 0; h < H; ++h)
+        for (int i = 0; i < M; ++i)
+          Isa::store_sums(out + i * out_stride + row * kBlockRows + (v + h) * Isa::kLanes,
+                          acc[h][i]);
     }
   }
 }
@@ -406,7 +330,9 @@ void few_rows_of(const PackedRows& w, const FewActivations& x, int32_t* out, int
   if constexpr (spec(L<Isa>::kLayout).group_blocks != 0 && Isa::multiply_first(M)) {
     multiplied_rows<Isa, M, H>(w, x, out, out_stride);
   } else if constexpr (spec(L<Isa>::kLayout).group_blocks != 0) {
-    grouped_rows<Isa, M>(w, x, out, out_stride);
+    grouped_rows<Isa, M, M == 1 ? H : 1>(w, x, out, out_stride);
+  } else if constexpr (M == 1 && Isa::pairs(L<Isa>::kLayout)) {
+    paired_row<Isa, L>(w, x, out);
   } else if constexpr (Isa::mask_in_place(M)) {
     masked_rows<Isa, L, M, H>(w, x, out, out_stride);
   } else {

@@ -61,9 +61,14 @@ struct Ymm {
   }
 
   static constexpr bool kHasTritTable = false;
-  static Bytes trit_of_multiple(Bytes b) {
-    const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kNibbleTrits));
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), b);
+  static Bytes lookup(const uint8_t (&table)[16], Bytes b) {
+    const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), b);
+  }
+  // Two multiples side by side are a multiple of 16 bits, which the inverse of n modulo 2^16 divides.
+  template <int n>
+  static Bytes divided(Bytes b) {
+    return _mm256_mullo_epi16(b, _mm256_set1_epi16(static_cast<int16_t>(inverse_of(n))));
   }
 };
 

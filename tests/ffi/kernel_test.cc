@@ -458,7 +458,17 @@ struct Activations {
   }
 };
 
-Activations make_activations(const Matrix& matrix, bool extreme) {
+// Of activations: random; rows of 127 and rows of -128; or both in a row, two by two, so that the int16
+// sums of a lane's first and second pair are as far apart as can be.
+enum class Pattern { kRandom, kExtreme, kPairs };
+
+int8_t activation(Pattern pattern, int64_t row, int64_t input) {
+  if (pattern == Pattern::kRandom) return static_cast<int8_t>(uniform(-128, 127));
+  const bool positive = (row + (pattern == Pattern::kPairs ? input / 2 : 0)) % 2 == 0;
+  return positive ? 127 : -128;
+}
+
+Activations make_activations(const Matrix& matrix, Pattern pattern) {
   const int64_t k = matrix.inputs;
   const int64_t groups = (k + 31) / 32;
   const int64_t stride = k + uniform(0, 3);
@@ -472,7 +482,7 @@ Activations make_activations(const Matrix& matrix, bool extreme) {
   for (int i = 0; i < kMostRows; ++i) {
     int8_t* q = &a.q[i * stride];
     for (int64_t j = 0; j < k; ++j) {
-      q[j] = static_cast<int8_t>(extreme ? (i % 2 == 0 ? 127 : -128) : uniform(-128, 127));
+      q[j] = activation(pattern, i, j);
       a.sum[static_cast<size_t>(i)] += q[j];
       a.group_sums[i * group_stride + j / 32] += q[j];
     }
@@ -676,9 +686,9 @@ void test_columns(const Kernel& kernel) {
 // ---- products ----------------------------------------------------------------------------------
 
 void check_product(const std::vector<Kernel>& kernels, Layout layout, int64_t input_blocks,
-                   int row_blocks, Fill fill, bool extreme, const char* what) {
+                   int row_blocks, Fill fill, Pattern pattern, const char* what) {
   const Matrix matrix = make_matrix(layout, input_blocks, row_blocks, fill);
-  const Activations a = make_activations(matrix, extreme);
+  const Activations a = make_activations(matrix, pattern);
   for (const Kernel& kernel : kernels) {
     check_few_rows(kernel, matrix, a, what);
     check_panels(kernel, matrix, a, what);
@@ -693,7 +703,7 @@ void check_invalid_bytes(const std::vector<Kernel>& kernels, Layout layout, int 
     matrix.codes.get()[i] = static_cast<uint8_t>(uniform(low, 255));
   for (size_t i = 0; i < matrix.multipliers.size(); ++i)
     matrix.multipliers.get()[i] = static_cast<uint8_t>(uniform(0, 255));
-  const Activations a = make_activations(matrix, true);
+  const Activations a = make_activations(matrix, Pattern::kExtreme);
   const int l = static_cast<int>(layout);
   for (const Kernel& kernel : kernels) {
     const int m = kernel.few_rows_limit;
@@ -717,27 +727,35 @@ void check_invalid_bytes(const std::vector<Kernel>& kernels, Layout layout, int 
 
 void test_products(const std::vector<Kernel>& kernels, Layout layout) {
   const int unit = layout == Layout::kInt4 ? kGroupBlocks : 1;
-  // A few blocks, and both sides of multiples of the 8 and 10 blocks that AVX2 sums in int16.
-  for (const int64_t count : {0, 1, 2, 3, 5, 7, 8, 9, 10, 11, 15, 16, 17, 19, 20, 21, 40, 43}) {
+  // A few blocks, and both sides of multiples of the 5, 8, 10 and 14 blocks that AVX2 sums in int16,
+  // and of the 64 that a row's sums are kept in registers for.
+  for (const int64_t count :
+       {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 13, 14, 15,
+        16, 17, 19, 20, 21, 27, 28, 29, 40, 43, 63, 64, 65}) {
     const int row_blocks = static_cast<int>(uniform(1, kMaxPanelBlocks));
-    check_product(kernels, layout, count * unit, row_blocks, Fill::kRandom, false, "random");
-    check_product(kernels, layout, count * unit, 1, Fill::kAnyByte, false, "any byte");
-    check_product(kernels, layout, count * unit, 1, Fill::kAnyByte, true, "any byte, extreme");
-    check_product(kernels, layout, count * unit, 1, Fill::kRandom, true, "extreme activations");
-    check_product(kernels, layout, count * unit, 1, Fill::kHighestByte, true, "extreme, highest");
-    check_product(kernels, layout, count * unit, 1, Fill::kHigh, true, "extreme, high");
-    check_product(kernels, layout, count * unit, 1, Fill::kLow, true, "extreme, low");
+    const int64_t blocks = count * unit;
+    constexpr Pattern kExtreme = Pattern::kExtreme;
+    check_product(kernels, layout, blocks, row_blocks, Fill::kRandom, Pattern::kRandom, "random");
+    check_product(kernels, layout, blocks, 1, Fill::kAnyByte, Pattern::kRandom, "any byte");
+    check_product(kernels, layout, blocks, 1, Fill::kAnyByte, kExtreme, "any byte, extreme");
+    check_product(kernels, layout, blocks, 1, Fill::kRandom, kExtreme, "extreme activations");
+    check_product(kernels, layout, blocks, 1, Fill::kHighestByte, kExtreme, "extreme, highest");
+    check_product(kernels, layout, blocks, 1, Fill::kHigh, kExtreme, "extreme, high");
+    check_product(kernels, layout, blocks, 1, Fill::kLow, kExtreme, "extreme, low");
+    for (const Fill fill : {Fill::kHighestByte, Fill::kHigh, Fill::kLow})
+      check_product(kernels, layout, blocks, 1, fill, Pattern::kPairs, "pairs");
   }
   for (int row_blocks = 0; row_blocks <= 2 * kMaxPanelBlocks + 1; ++row_blocks)
-    check_product(kernels, layout, 4, row_blocks, Fill::kRandom, false, "row blocks");
+    check_product(kernels, layout, 4, row_blocks, Fill::kRandom, Pattern::kRandom, "row blocks");
   check_invalid_bytes(kernels, layout, 0);
   check_invalid_bytes(kernels, layout, 243);
   if (guard_pages) return;
   // The largest K, at the extremes: the int32 bound, invalid codes included.
   const int64_t most = input_blocks_of(layout, max_inputs(layout));
-  check_product(kernels, layout, most, 1, Fill::kHigh, true, "largest K, high");
-  check_product(kernels, layout, most, 1, Fill::kLow, true, "largest K, low");
-  check_product(kernels, layout, most, 1, Fill::kHighestByte, true, "largest K, highest byte");
+  check_product(kernels, layout, most, 1, Fill::kHigh, Pattern::kExtreme, "largest K, high");
+  check_product(kernels, layout, most, 1, Fill::kLow, Pattern::kExtreme, "largest K, low");
+  check_product(kernels, layout, most, 1, Fill::kHighestByte, Pattern::kExtreme,
+                "largest K, highest byte");
 }
 
 // ---- format, epilogue, loop, dispatch -----------------------------------------------------------

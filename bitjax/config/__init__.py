@@ -1,0 +1,30 @@
+"""Frozen configurations: what a model is, what it learns from, and how it is trained.
+
+Every default lives here and nowhere else. Dimensions, with the letters that name array axes in
+the code (`x_BxTxD`):
+
+    B batch          T positions in a sequence    S positions in a KV cache
+    D hidden_size    F intermediate_size          V vocab_size
+    H num_heads      G num_kv_heads               h head_dim
+    N rows (output features) and K columns (input features) of one linear layer
+"""
+
+from bitjax.config.data import DataConfig
+from bitjax.config.fields import from_dict, from_json, override, to_json
+from bitjax.config.model import (
+    ActivationQuantizer,
+    CacheDType,
+    DType,
+    ModelConfig,
+    RopeScaling,
+    WeightQuantizer,
+)
+from bitjax.config.optimizer import OptimizerConfig
+from bitjax.config.run import RunConfig
+from bitjax.config.train import TrainConfig
+
+__all__ = [
+    "ActivationQuantizer", "CacheDType", "DType", "DataConfig", "ModelConfig", "OptimizerConfig",
+    "RopeScaling", "RunConfig", "TrainConfig", "WeightQuantizer", "from_dict", "from_json",
+    "override", "to_json",
+]  # fmt: skip

@@ -1,0 +1,22 @@
+"""What a model learns from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bitjax.config.fields import check_fields, require
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens come from."""
+
+    text: str = ""  # path of a UTF-8 or binary file, read as bytes; empty: the packaged Shakespeare
+    valid_fraction: float = 0.1  # the last part of the text, never trained on
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(
+            0 < self.valid_fraction < 1,
+            f"data.valid_fraction={self.valid_fraction} is not between 0 and 1",
+        )

@@ -1,0 +1,29 @@
+"""One training run: everything needed to repeat it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from bitjax.config.data import DataConfig
+from bitjax.config.fields import check_fields, require
+from bitjax.config.model import ModelConfig
+from bitjax.config.optimizer import OptimizerConfig
+from bitjax.config.train import TrainConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run: everything needed to repeat it."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(
+            self.train.seq_len <= self.model.max_seq_len,
+            f"train.seq_len={self.train.seq_len} exceeds "
+            f"model.max_seq_len={self.model.max_seq_len}",
+        )
