@@ -24,7 +24,7 @@ from bitjax.config.run import RunConfig
 from bitjax.config.train import WATCHING, TrainConfig
 
 __all__ = [
-    "WATCHING", "ActivationQuantizer", "CacheDType", "DType", "DataConfig", "ModelConfig", "OptimizerConfig",
-    "RopeScaling", "RunConfig", "TrainConfig", "WeightQuantizer", "from_dict", "from_json",
-    "override", "to_json",
+    "WATCHING", "ActivationQuantizer", "CacheDType", "DType", "DataConfig", "ModelConfig",
+    "OptimizerConfig", "RopeScaling", "RunConfig", "TrainConfig", "WeightQuantizer", "from_dict",
+    "from_json", "override", "to_json",
 ]  # fmt: skip

@@ -139,10 +139,10 @@ class Checkpoints:
             except DamagedCheckpoint as error:
                 damaged.append(error)
                 continue
-            for error, bad in zip(damaged, reversed(found), strict=False):
+            for reason, bad in zip(damaged, reversed(found), strict=False):
                 aside = self._put_aside(bad)
                 warnings.warn(
-                    f"{error}; going on from step {step}, the damaged one is kept as {aside}",
+                    f"{reason}; going on from step {step}, the damaged one is kept as {aside}",
                     stacklevel=2,
                 )
             return restored
@@ -273,7 +273,7 @@ def _damaged(folder: Path, step: int, error: Exception) -> DamagedCheckpoint:
 
 
 def _crc(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _named_leaves(state: Any) -> dict[str, Any]:
