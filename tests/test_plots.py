@@ -9,7 +9,7 @@ from bitjax.plots import known, plot_losses, plot_quantity, series, smoothed
 
 def test_plot_of_losses_is_a_png_even_of_a_short_run(tmp_path):
     records = [{"step": 1, "loss": 3.0, "valid_loss": 3.1}]
-    plot_losses(tmp_path / "loss.png", {name: records for name in "abcdef"})
+    plot_losses(tmp_path / "loss.png", dict.fromkeys("abcdef", records))
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

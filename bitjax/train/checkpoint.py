@@ -3,8 +3,8 @@
 The data order and the initial weights are pure functions of the seed and the step
 (`bitjax.train.data`), so those two numbers, and how far rewinds have moved the data on, are the
 data position and the random state. A checkpoint also carries the run's configuration and the
-text's hash, for resuming under others is refused, and a CRC-32 of every array: of a damaged
-checkpoint no value is used.
+text's hash, for resuming under others is refused, and size and CRC-32 of its every file: of a
+damaged checkpoint no value is used, and orbax does not get to see it.
 
 A checkpoint is written by a thread while the training goes on, under a temporary name that is
 changed when it is whole. Older ones are deleted only after that.
@@ -13,6 +13,7 @@ changed when it is whole. Older ones are deleted only after that.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import warnings
@@ -30,7 +31,8 @@ import orbax.checkpoint as ocp
 from bitjax.config import WATCHING, RunConfig, from_json, to_json
 from bitjax.train.step import Trainer, TrainState
 
-UNFINISHED = ".orbax-checkpoint-tmp"  # part of the name of what orbax has not finished
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders that are no whole checkpoints
+SEAL = "crc32.json"  # in a checkpoint: path of every other file in it -> [bytes, CRC-32]
 
 
 class DamagedCheckpoint(ValueError):
@@ -164,7 +166,7 @@ class Checkpoints:
                 f"{self.folder} holds a run on another version of the training text; "
                 "restore that text or use another directory"
             )
-        state = _read_state(self.folder, step, jax.eval_shape(trainer.init), about)
+        state = _read_state(self.folder, step, jax.eval_shape(trainer.init))
         return state, Position(**about.get("position", {}))
 
     def _put_aside(self, step: int) -> Path:
@@ -177,16 +179,18 @@ class Checkpoints:
         self, step: int, arrays: dict[str, np.ndarray], about: dict[str, Any], kept: set[int | None]
     ) -> None:
         """In the thread: write, then delete what is neither new nor kept."""
-        about["crc32"] = {name: _crc(x) for name, x in arrays.items()}
+        unsealed = self.folder / f"{step}.unsealed{UNFINISHED}"
         before = _steps(self.folder)
         try:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
                 writer.save(
-                    self.folder / str(step),
+                    unsealed,
                     args=ocp.args.Composite(
                         state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
                     ),
                 )
+            (unsealed / SEAL).write_text(json.dumps(_files(unsealed)))
+            os.rename(unsealed, self.folder / str(step))
         except Exception as error:  # orbax and tensorstore raise many kinds
             for leftover in _leftovers(self.folder):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -220,7 +224,7 @@ def read_run(directory: Path, step: int | None = None) -> tuple[RunConfig, int, 
         raise ValueError(f"{directory} has no checkpoint {step}; it has {steps}")
     about = _read_about(folder, step)
     config = from_json(RunConfig, about["config"])
-    return config, step, _read_state(folder, step, jax.eval_shape(Trainer(config).init), about)
+    return config, step, _read_state(folder, step, jax.eval_shape(Trainer(config).init))
 
 
 def _steps(folder: Path) -> list[int]:
@@ -233,47 +237,75 @@ def _leftovers(folder: Path) -> Iterable[Path]:
 
 
 def _read_about(folder: Path, step: int) -> dict[str, Any]:
-    try:
-        about = _read(folder, step, about=ocp.args.JsonRestore())
-        assert isinstance(about["config"], str)
-        assert isinstance(about["text_sha256"], str)
-        return dict(about)
-    except Exception as error:  # orbax raises many kinds for a damaged folder
-        raise _damaged(folder, step, error) from error
+    _verify(folder, step)
+    about = _read(folder, step, about=ocp.args.JsonRestore())
+    for key in ("config", "text_sha256"):
+        if not isinstance(about, dict) or not isinstance(about.get(key), str):
+            raise DamagedCheckpoint(f"cannot read checkpoint {folder}/{step}: it has no {key}")
+    return about
 
 
-def _read_state(folder: Path, step: int, abstract: TrainState, about: dict[str, Any]) -> TrainState:
+def _read_state(folder: Path, step: int, abstract: TrainState) -> TrainState:
     wanted = _named_leaves(abstract)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     targets = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         for name, x in wanted.items()
     }
-    try:
-        restored = _read(folder, step, state=ocp.args.StandardRestore(targets))
-    except Exception as error:  # as above
-        raise _damaged(folder, step, error) from error
-    for name, crc in about.get("crc32", {}).items():  # early runs have none
-        if _crc(np.asarray(restored[name])) != crc:
-            raise DamagedCheckpoint(
-                f"cannot read checkpoint {folder}/{step}: the values of {name} are not those that "
-                "were written"
-            )
+    restored = _read(folder, step, state=ocp.args.StandardRestore(targets))
     return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in wanted])
 
 
 def _read(folder: Path, step: int, **item: Any) -> Any:
+    """One item of a checkpoint.
+
+    Raises:
+        DamagedCheckpoint: whatever orbax raised, of which there are many kinds.
+    """
     (name,) = item
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        return reader.restore(folder / str(step), args=ocp.args.Composite(**item))[name]
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            return reader.restore(folder / str(step), args=ocp.args.Composite(**item))[name]
+    except Exception as error:
+        raise DamagedCheckpoint(
+            f"cannot read checkpoint {folder}/{step}: {_first_line(error)}"
+        ) from error
 
 
-def _damaged(folder: Path, step: int, error: Exception) -> DamagedCheckpoint:
-    return DamagedCheckpoint(f"cannot read checkpoint {folder}/{step}: {_first_line(error)}")
+def _verify(folder: Path, step: int) -> None:
+    """Compare a checkpoint's files with its seal; those of early runs have none.
+
+    Raises:
+        DamagedCheckpoint: naming a file that is not as it was written.
+    """
+    checkpoint = folder / str(step)
+    try:
+        sealed = json.loads((checkpoint / SEAL).read_bytes())
+        found = _files(checkpoint)
+        for name, size_and_crc in sealed.items():
+            if name not in found:
+                raise ValueError(f"{name} is missing")
+            if found[name] != size_and_crc:
+                raise ValueError(f"{name} is not as it was written")
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, AttributeError) as error:
+        raise DamagedCheckpoint(
+            f"cannot read checkpoint {checkpoint}: {_first_line(error)}"
+        ) from None
 
 
-def _crc(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+def _files(checkpoint: Path) -> dict[str, list[int]]:
+    """Path -> [bytes, CRC-32] of every file but the seal."""
+    found = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path.name != SEAL:
+            crc, length = 0, 0
+            with path.open("rb") as file:
+                while part := file.read(2**24):
+                    crc, length = zlib.crc32(part, crc), length + len(part)
+            found[str(path.relative_to(checkpoint))] = [length, crc]
+    return found
 
 
 def _named_leaves(state: Any) -> dict[str, Any]:
