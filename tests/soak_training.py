@@ -2,10 +2,10 @@
 
     python tests/soak_training.py [--kills 60] [--seed 0] [--folder DIR]
 
-A tiny run saves every few steps, so that many kills (SIGKILL) fall into the writing of a checkpoint;
-a fifth are SIGTERM, after which the process must end by itself. Each restart must go on from a step
-no earlier than the newest checkpoint that had been finished. At the end the final parameters,
-optimiser state and losses must be those of the unbroken run, to the bit.
+A tiny run saves every few steps, so that many kills (SIGKILL) fall into the writing of a
+checkpoint; a fifth are SIGTERM, after which the process must end by itself. Each restart must go on
+after the newest checkpoint that had been finished. At the end the final parameters, optimiser state
+and reports must be those of the unbroken run, to the bit.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def soak(folder, kills, seed):
     from bitjax.train.checkpoint import UNFINISHED, read_run
 
     chance = random.Random(seed)
-    config, run, whole = write_config(folder, 40 * kills), folder / "run", folder / "unbroken"
+    config, run, whole = write_config(folder, 15 * kills), folder / "run", folder / "unbroken"
     done = in_writing = 0
     newest = 0
     while done < kills:

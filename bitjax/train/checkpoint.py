@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -253,7 +254,9 @@ def _read_state(folder: Path, step: int, abstract: TrainState) -> TrainState:
         for name, x in wanted.items()
     }
     restored = _read(folder, step, state=ocp.args.StandardRestore(targets))
-    return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in wanted])
+    # Copied to arrays that are bound to no device, as a fresh state's: its programs serve them.
+    leaves = [jnp.array(np.asarray(restored.pop(name))) for name in wanted]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
 def _read(folder: Path, step: int, **item: Any) -> Any:

@@ -44,7 +44,7 @@ class CodeWatch:
 
     def report(self, params: nnx.State) -> dict[str, dict[str, float]]:
         """Layer -> `LAYER_FIELDS`; quantised layers only, so empty for a full-precision model."""
-        names = list(self._previous)
+        names = sorted(self._previous)  # as jit returns a dict
         if not names:
             return {}
         self._previous, fractions = self._measure(params, self._previous)
@@ -77,10 +77,10 @@ def _codes(model: Transformer) -> Codes:
 
 
 def _measure(codes: Codes, previous: Codes) -> tuple[Codes, jax.Array]:
-    """The codes, and float32 `[layers, 4]`: `LAYER_FIELDS` in the order of `codes`."""
+    """The codes, and float32 `[layers, 4]`: `LAYER_FIELDS` of the layers in sorted order."""
 
     def fractions(new: Any, old: Any) -> jax.Array:
         parts = (new == -1, new == 0, new == 1, new != old)
         return jnp.stack([jnp.mean(part, dtype=jnp.float32) for part in parts])
 
-    return codes, jnp.stack([fractions(codes[name], previous[name]) for name in codes])
+    return codes, jnp.stack([fractions(codes[name], previous[name]) for name in sorted(codes)])

@@ -76,8 +76,8 @@ class MetricsWriter:
 
     def _open(self, step: int) -> None:
         _forget_after(self._path, step)
-        self._file = self._path.open("a")
         self._board = None if self._tensorboard is None else _board(self._tensorboard, step)
+        self._file = self._path.open("a")
 
     def __enter__(self) -> MetricsWriter:
         return self
