@@ -183,6 +183,9 @@ class Checkpoints:
         unsealed = self.folder / f"{step}.unsealed{UNFINISHED}"
         before = _steps(self.folder)
         try:
+            # Asked first: what orbax begins and has to give up leaves complaints on the terminal.
+            if shutil.disk_usage(self.folder).free < sum(x.nbytes for x in arrays.values()):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
                 writer.save(
                     unsealed,

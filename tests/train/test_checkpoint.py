@@ -171,6 +171,21 @@ def test_full_disk_is_one_sentence_and_the_checkpoint_before_is_whole(
     same(train(config, tmp_path / "run"), finished[1])  # there is room again
 
 
+def test_a_disk_too_small_is_seen_before_the_write(config, start, tmp_path, monkeypatch):
+    size = sum(np.asarray(x).nbytes for x in jax.tree.leaves(start))
+    free = [size - 1]
+    usage = shutil._ntuple_diskusage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, free[0]))
+    checkpoints = Checkpoints(tmp_path, config, "hash")
+    checkpoints.save(at(start, 1), Position())
+    with pytest.raises(OSError, match=r"/1: no space left on device; there is none before it, and"):
+        checkpoints.wait()
+    free[0] = size
+    with checkpoints:
+        checkpoints.save(at(start, 1), Position())
+    assert steps(tmp_path) == [1]
+
+
 def test_full_disk_under_the_metrics_is_one_sentence(config, tmp_path, monkeypatch):
     def full(self, report):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

