@@ -203,6 +203,25 @@ def _parser() -> argparse.ArgumentParser:
         help="override a setting, e.g. --set train.steps=500; repeatable",
     )
 
+    plot = command(
+        "plot",
+        _plot,
+        "draw curves of training runs",
+        "Any number of a report can be drawn: loss, valid_loss, gradient_norm, update_norm, "
+        "learning_rate, tokens_per_second, mfu, flip_rate, or of one layer minus, zero, plus and "
+        "flips, e.g. flips/blocks.0.ffn.down.",
+    )
+    plot.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="directories of runs")
+    plot.add_argument("-o", "--output", type=Path, required=True, metavar="PNG")
+    plot.add_argument("--of", default="loss", metavar="NAME", help="the quantity (default: loss)")
+    plot.add_argument(
+        "--smooth",
+        type=float,
+        default=0.0,
+        metavar="W",
+        help="weight of the past in a moving average, 0 to below 1 (default: 0)",
+    )
+
     evaluate = command(
         "eval", _eval, "score a text: bits per byte and perplexity with its standard error"
     )
@@ -398,6 +417,18 @@ def _train(arguments: argparse.Namespace) -> None:
     with terminal.training_progress(arguments.config.stem) as on_report:
         train(config, arguments.out, on_report)
     terminal.console.print(f"run directory: {arguments.out}")
+
+
+def _plot(arguments: argparse.Namespace) -> None:
+    from bitjax.plots import plot_quantity
+    from bitjax.train import read_metrics
+
+    runs = {}
+    for directory in arguments.runs:
+        runs[str(directory)] = read_metrics(directory)
+        if not runs[str(directory)]:
+            raise ValueError(f"{directory} is no run with reports: it has no metrics.jsonl")
+    plot_quantity(arguments.output, runs, arguments.of, arguments.smooth)
 
 
 def _eval(arguments: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from bitjax.infer import Generator, SamplingParams, pack_model
 from bitjax.model import Transformer, bit_linears
 from bitjax.model.files import load_model, save_model
 from bitjax.ops import ffi
+from bitjax.plots import plot_losses
 from bitjax.presets import shakespeare
 from bitjax.printable import without_controls
 from bitjax.terminal import console
@@ -81,7 +82,7 @@ def _compare(
         title=f"{text.name}: all {len(text.valid):,} held-out bytes",
     )
     runs = {label: read_metrics(directory / _slug(label)) for label in configs}
-    terminal.plot_losses(directory / "loss.png", runs)
+    plot_losses(directory / "loss.png", runs)
     console.print(f"loss curves: {directory / 'loss.png'}\n")
 
 

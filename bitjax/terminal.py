@@ -1,12 +1,11 @@
-"""What a person sees at the command line: progress, tables and curves."""
+"""What a person sees at the command line: progress and tables."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
@@ -115,33 +114,3 @@ def size(count: float) -> str:
     power = min(4, int(math.log(max(count, 1), 1000)))
     unit = ("B", "kB", "MB", "GB", "TB")[power]
     return f"{count / 1000**power:.1f} {unit}" if power else f"{count:.0f} B"
-
-
-def plot_losses(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Write training (line) and validation (markers) curves in bits per byte as a PNG.
-
-    Args:
-        path: of the PNG.
-        runs: label -> records of `metrics.jsonl`.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for (label, records), style in zip(runs.items(), ("-", "--", "-.", ":"), strict=False):
-        bits = [(r["step"], r["loss"] / math.log(2)) for r in records]
-        held = [(r["step"], r["valid_loss"] / math.log(2)) for r in records if "valid_loss" in r]
-        (line,) = axes.plot(*zip(*bits, strict=True), style, linewidth=1.2, label=f"{label}, train")
-        axes.plot(
-            *zip(*held, strict=True), "o", color=line.get_color(), markersize=5,
-            markerfacecolor="white" if style != "-" else None, label=f"{label}, held out",
-        )  # fmt: skip
-    axes.set(xlabel="step", ylabel="bits per byte", title="Training loss")
-    highest = max(r["loss"] for records in runs.values() for r in records[len(records) // 20 :])
-    axes.set_ylim(top=highest / math.log(2) * 1.02)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)

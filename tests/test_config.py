@@ -43,7 +43,9 @@ UNUSUAL = RunConfig(
     ),
     TrainConfig(
         steps=7, batch_size=6, seq_len=77, accumulate=3, compute_dtype="bfloat16", seed=5,
-        log_every=2, eval_every=0, checkpoint_every=3, keep_checkpoints=1,
+        log_every=2, eval_every=0, checkpoint_every=3, keep_checkpoints=1, keep_best=False,
+        on_spike="skip", spike_factor=9.5, spike_window=7, spike_limit=3,
+        log_codes=False, tensorboard=True, peak_gflops=50.5,
     ),
 )  # fmt: skip
 # And the one that no configuration may have beside inner_norm.
@@ -152,6 +154,7 @@ WRONG = {
     "WeightQuantizer": (("int4", None, []), "one of ternary, binary, float"),
     "ActivationQuantizer": (("int4", None), "one of int8, float"),
     'Literal["silu", "relu2"]': (("gelu", None), "one of silu, relu2"),
+    'Literal["stop", "skip", "rewind"]': (("pray", None), "one of stop, skip, rewind"),
     'Literal["none", "linear", "llama3"]': (("yarn", None), "one of none, linear, llama3"),
     "RopeScaling": (({}, None, ModelConfig()), "of type RopeScaling"),
     "tuple[str, ...]": (("*", None, ["*"], (1,), ("a", None)), "a list of strings"),

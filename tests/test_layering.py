@@ -16,7 +16,7 @@ LAYERS = [
     {"train", "infer", "evaluate"},
     {"interop"},
     {"api", "recipe"},
-    {"terminal"},
+    {"plots", "terminal"},
     {"demo", "inspection", "conversion", "bench", "chat"},
     {"cli"},
 ]

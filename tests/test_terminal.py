@@ -64,12 +64,6 @@ def test_size(count, shown):
     assert terminal.size(count) == shown
 
 
-def test_plot_is_a_png_even_of_a_short_run(tmp_path):
-    records = [{"step": 1, "loss": 3.0, "valid_loss": 3.1}]
-    terminal.plot_losses(tmp_path / "loss.png", {"a": records, "b": records})
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_names_in_files_do_not_reach_the_terminal_as_commands(capsys):
     terminal.table(("tensor",), [("[/bold]:smile:\x1b[2J\r\u202e",)])
     out = capsys.readouterr().out

@@ -21,10 +21,10 @@ from bitjax.config.model import (
 )
 from bitjax.config.optimizer import OptimizerConfig
 from bitjax.config.run import RunConfig
-from bitjax.config.train import TrainConfig
+from bitjax.config.train import WATCHING, TrainConfig
 
 __all__ = [
-    "ActivationQuantizer", "CacheDType", "DType", "DataConfig", "ModelConfig", "OptimizerConfig",
-    "RopeScaling", "RunConfig", "TrainConfig", "WeightQuantizer", "from_dict", "from_json",
-    "override", "to_json",
+    "WATCHING", "ActivationQuantizer", "CacheDType", "DType", "DataConfig", "ModelConfig",
+    "OptimizerConfig", "RopeScaling", "RunConfig", "TrainConfig", "WeightQuantizer", "from_dict",
+    "from_json", "override", "to_json",
 ]  # fmt: skip

@@ -1,16 +1,28 @@
-"""How long a run takes, and what it keeps."""
+"""How long a run takes, what it keeps, what it does when the loss jumps, and what it shows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from bitjax.config.fields import check_fields, require, require_positive
 from bitjax.config.model import DType
 
+# Settings that change nothing a run computes: they may differ from those it was started with.
+WATCHING = ("keep_checkpoints", "keep_best", "log_codes", "tensorboard", "peak_gflops")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long and how often."""
+    """How long and how often.
+
+    A step is a spike if its loss or gradient norm is NaN or infinite, or above `spike_factor` times
+    the median of the last `spike_window` steps that were none. What happens then is `on_spike`:
+
+        stop     the run ends; its last checkpoint is from before
+        skip     the step's update is not applied
+        rewind   the run goes back to its last checkpoint and on with data it has not seen
+    """
 
     steps: int = 1000
     batch_size: int = 32  # sequences per optimiser step, all accumulation steps together
@@ -21,13 +33,21 @@ class TrainConfig:
     log_every: int = 10  # steps
     eval_every: int = 250  # steps; 0: only at the end
     checkpoint_every: int = 250  # steps; the last step is always kept
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest ones
+    keep_best: bool = True  # and that of the lowest validation loss, saved when it is measured
+    on_spike: Literal["stop", "skip", "rewind"] = "stop"
+    spike_factor: float | None = None  # None: only NaN and infinity are spikes
+    spike_window: int = 32  # steps; nothing finite is a spike before there were as many
+    spike_limit: int = 10  # the run stops at so many skips or rewinds in a row
+    log_codes: bool = True  # fractions of -1, 0, 1 and flip rate of every layer at each report
+    tensorboard: bool = False  # metrics to DIR/tensorboard as well
+    peak_gflops: float | None = None  # what MFU is a fraction of; None: measured once a process
 
     def __post_init__(self) -> None:
         check_fields(self)
         require_positive(
             self, "steps", "batch_size", "seq_len", "accumulate", "log_every",
-            "checkpoint_every", "keep_checkpoints",
+            "checkpoint_every", "keep_checkpoints", "spike_window", "spike_limit",
         )  # fmt: skip
         require(self.eval_every >= 0, f"train.eval_every={self.eval_every} is negative")
         require(self.seed >= 0, f"train.seed={self.seed} is negative")
@@ -35,4 +55,12 @@ class TrainConfig:
             self.batch_size % self.accumulate == 0,
             f"train.batch_size={self.batch_size} is not a multiple of "
             f"train.accumulate={self.accumulate}",
+        )
+        require(
+            self.spike_factor is None or self.spike_factor > 1,
+            f"train.spike_factor={self.spike_factor} must be above 1, or None",
+        )
+        require(
+            self.peak_gflops is None or self.peak_gflops > 0,
+            f"train.peak_gflops={self.peak_gflops} must be above 0, or None",
         )

@@ -1,6 +1,7 @@
 """Training: data, optimiser, step, loop and checkpoints."""
 
-from bitjax.train.loop import Diverged, Interrupted, Report, read_metrics, train
+from bitjax.train.loop import Diverged, Interrupted, train
+from bitjax.train.metrics import Report, read_metrics
 from bitjax.train.step import Trainer, TrainState, cross_entropy
 
 __all__ = [

@@ -1,22 +1,57 @@
 """Checkpoints by orbax: parameters, optimiser state, step, and where the data and randomness stand.
 
 The data order and the initial weights are pure functions of the seed and the step
-(`bitjax.train.data`), so those two numbers are the data position and the random state. A
-checkpoint also carries the run's configuration and the text's hash; resuming under others is
-refused.
+(`bitjax.train.data`), so those two numbers, and how far rewinds have moved the data on, are the
+data position and the random state. A checkpoint also carries the run's configuration and the
+text's hash, for resuming under others is refused, and size and CRC-32 of its every file: of a
+damaged checkpoint no value is used, and orbax does not get to see it.
+
+A checkpoint is written by a thread while the training goes on, under a temporary name that is
+changed when it is whole. Older ones are deleted only after that.
 """
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from bitjax.config import RunConfig, from_json, to_json
+from bitjax.config import WATCHING, RunConfig, from_json, to_json
 from bitjax.train.step import Trainer, TrainState
+
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders that are no whole checkpoints
+SEAL = "crc32.json"  # in a checkpoint: path of every other file in it -> [bytes, CRC-32]
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that cannot be read, or whose arrays are not those that were written."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """What a run knows besides its arrays.
+
+    Attributes:
+        moved: batches that rewinds have passed over.
+        best_step, best_loss: of the lowest validation loss so far, nats per token.
+    """
+
+    moved: int = 0
+    best_step: int | None = None
+    best_loss: float | None = None
 
 
 class Checkpoints:
@@ -27,63 +62,153 @@ class Checkpoints:
         config: the run's configuration.
         text_sha256: hash of the training text.
 
-    Writes are synchronous and land under a temporary name first: a process killed at any instant
+    Leaving the context waits for the checkpoint being written. A process killed at any instant
     leaves the previous checkpoint whole.
     """
 
     def __init__(self, directory: Path, config: RunConfig, text_sha256: str) -> None:
         self._config = config
         self._text_sha256 = text_sha256
-        self._manager = _manager(directory, config.train.keep_checkpoints)
+        self.folder = (directory / "checkpoints").resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in _leftovers(self.folder):  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self.wait()
+        except OSError as failure:
+            if error is None:
+                raise
+            warnings.warn(str(failure), stacklevel=2)  # the error under way goes first
+        finally:
+            self._thread.shutdown()
 
-    def save(self, state: TrainState) -> None:
-        """Write the state after `state.step` steps; does nothing if that step is already there."""
+    def save(self, state: TrainState, position: Position) -> None:
+        """Begin to write the state after `state.step` steps, if that step is not there already.
+
+        Raises:
+            OSError: the write before this failed.
+        """
+        self.wait()
         step = int(state.step)
-        if step in self._manager.all_steps():
+        if step in _steps(self.folder):
             return
         about = {
             "config": to_json(self._config),
             "text_sha256": self._text_sha256,
             "data_position": {"seed": self._config.train.seed, "step": step},
+            "position": vars(position),
         }
         # Copies: the next step donates the buffers.
         arrays = {name: np.array(x) for name, x in _named_leaves(state).items()}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
-            ),
-        )
-        self._manager.wait_until_finished()
+        kept = {position.best_step} if self._config.train.keep_best else set()
+        self._pending = self._thread.submit(self._write, step, arrays, about, kept)
 
-    def restore(self, trainer: Trainer) -> TrainState | None:
-        """The newest state, or None if the run has none.
+    def wait(self) -> None:
+        """Return when nothing is being written.
 
         Raises:
-            ValueError: the checkpoint is of another configuration or text, or cannot be read.
+            OSError: the checkpoint could not be written; the one before is whole.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        about = _read_about(self._manager, step)
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def check(self) -> None:
+        """Raise what `wait` would if the write has failed by now; never waits."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def restore(self, trainer: Trainer) -> tuple[TrainState, Position] | None:
+        """The newest state that is whole, or None if the run has none.
+
+        Damaged newer ones are put aside as `directory/damaged-<step>`, with a warning.
+
+        Raises:
+            ValueError: the checkpoint is of another configuration or text, or all are damaged.
+        """
+        self.wait()
+        damaged: list[DamagedCheckpoint] = []
+        found = _steps(self.folder)
+        for step in reversed(found):
+            try:
+                restored = self._restore(step, trainer)
+            except DamagedCheckpoint as error:
+                damaged.append(error)
+                continue
+            for reason, bad in zip(damaged, reversed(found), strict=False):
+                aside = self._put_aside(bad)
+                warnings.warn(
+                    f"{reason}; going on from step {step}, the damaged one is kept as {aside}",
+                    stacklevel=2,
+                )
+            return restored
+        if damaged:
+            raise damaged[0]
+        return None
+
+    def _restore(self, step: int, trainer: Trainer) -> tuple[TrainState, Position]:
+        about = _read_about(self.folder, step)
         saved = from_json(RunConfig, about["config"])
-        if saved != self._config:
+        differing = _difference(saved, self._config)
+        if differing:
             raise ValueError(
-                f"{self._manager.directory} holds a run with other settings "
-                f"({_difference(saved, self._config)}); use its settings or another directory"
+                f"{self.folder} holds a run with other settings ({differing}); use its settings "
+                "or another directory"
             )
         if about["text_sha256"] != self._text_sha256:
             raise ValueError(
-                f"{self._manager.directory} holds a run on another version of the training text; "
+                f"{self.folder} holds a run on another version of the training text; "
                 "restore that text or use another directory"
             )
-        return _restore(self._manager, step, jax.eval_shape(trainer.init))
+        state = _read_state(self.folder, step, jax.eval_shape(trainer.init))
+        return state, Position(**about.get("position", {}))
+
+    def _put_aside(self, step: int) -> Path:
+        aside = self.folder.parent / f"damaged-{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(self.folder / str(step), aside)
+        return aside
+
+    def _write(
+        self, step: int, arrays: dict[str, np.ndarray], about: dict[str, Any], kept: set[int | None]
+    ) -> None:
+        """In the thread: write, then delete what is neither new nor kept."""
+        unsealed = self.folder / f"{step}.unsealed{UNFINISHED}"
+        before = _steps(self.folder)
+        try:
+            # Asked first: what orbax begins and has to give up leaves complaints on the terminal.
+            if shutil.disk_usage(self.folder).free < sum(x.nbytes for x in arrays.values()):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+                writer.save(
+                    unsealed,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
+                    ),
+                )
+            (unsealed / SEAL).write_text(json.dumps(_files(unsealed)))
+            os.rename(unsealed, self.folder / str(step))
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            for leftover in _leftovers(self.folder):
+                shutil.rmtree(leftover, ignore_errors=True)
+            whole = f"checkpoint {before[-1]} is whole" if before else "there is none before it"
+            raise OSError(
+                f"cannot write checkpoint {self.folder}/{step}: {_reason(error)}; {whole}, and "
+                "the run can go on from there"
+            ) from error
+        for old in _steps(self.folder)[: -self._config.train.keep_checkpoints]:
+            if old not in kept:
+                # Renamed first: a half-deleted folder must not look like a checkpoint.
+                doomed = self.folder / f"{old}.deleted{UNFINISHED}"
+                os.rename(self.folder / str(old), doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
 
 
 def read_run(directory: Path, step: int | None = None) -> tuple[RunConfig, int, TrainState]:
@@ -92,59 +217,101 @@ def read_run(directory: Path, step: int | None = None) -> tuple[RunConfig, int, 
     Raises:
         ValueError: the directory holds no checkpoint, or one that cannot be read.
     """
-    if not (directory / "checkpoints").is_dir():
+    folder = (directory / "checkpoints").resolve()
+    if not folder.is_dir():
         raise ValueError(f"{directory} is not a run: it has no checkpoints folder")
-    manager = _manager(directory, keep=None)
-    try:
-        step = manager.latest_step() if step is None else step
-        if step is None:
-            raise ValueError(f"{directory} holds no finished checkpoint")
-        config = from_json(RunConfig, _read_about(manager, step)["config"])
-        return config, step, _restore(manager, step, jax.eval_shape(Trainer(config).init))
-    finally:
-        manager.close()
+    steps = _steps(folder)
+    if not steps:
+        raise ValueError(f"{directory} holds no finished checkpoint")
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise ValueError(f"{directory} has no checkpoint {step}; it has {steps}")
+    about = _read_about(folder, step)
+    config = from_json(RunConfig, about["config"])
+    return config, step, _read_state(folder, step, jax.eval_shape(Trainer(config).init))
 
 
-def _manager(directory: Path, keep: int | None) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
-        enable_async_checkpointing=False,
-        read_only=keep is None,
-        create=keep is not None,
-        save_interval_steps=0 if keep is None else 1,
-    )
-    path = (directory / "checkpoints").resolve()
-    return ocp.CheckpointManager(path, options=options, item_names=("state", "about"))
+def _steps(folder: Path) -> list[int]:
+    """Steps of the finished checkpoints, ascending."""
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
 
 
-def _read_about(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    try:
-        restored = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
-        about = restored["about"]
-        return {"config": about["config"], "text_sha256": about["text_sha256"]}
-    except Exception as error:  # orbax raises many kinds for a damaged folder
-        raise ValueError(
-            f"cannot read checkpoint {manager.directory}/{step}: {_first_line(error)}"
-        ) from error
+def _leftovers(folder: Path) -> Iterable[Path]:
+    return folder.glob(f"*{UNFINISHED}*")
 
 
-def _restore(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> TrainState:
+def _read_about(folder: Path, step: int) -> dict[str, Any]:
+    _verify(folder, step)
+    about = _read(folder, step, about=ocp.args.JsonRestore())
+    for key in ("config", "text_sha256"):
+        if not isinstance(about, dict) or not isinstance(about.get(key), str):
+            raise DamagedCheckpoint(f"cannot read checkpoint {folder}/{step}: it has no {key}")
+    return about
+
+
+def _read_state(folder: Path, step: int, abstract: TrainState) -> TrainState:
     wanted = _named_leaves(abstract)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     targets = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         for name, x in wanted.items()
     }
+    restored = _read(folder, step, state=ocp.args.StandardRestore(targets))
+    # Copied to arrays that are bound to no device, as a fresh state's: its programs serve them.
+    leaves = [jnp.array(np.asarray(restored.pop(name))) for name in wanted]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def _read(folder: Path, step: int, **item: Any) -> Any:
+    """One item of a checkpoint.
+
+    Raises:
+        DamagedCheckpoint: whatever orbax raised, of which there are many kinds.
+    """
+    (name,) = item
     try:
-        restored = manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(targets))
-        )["state"]
-    except Exception as error:  # as above
-        raise ValueError(
-            f"cannot read checkpoint {manager.directory}/{step}: {_first_line(error)}"
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            return reader.restore(folder / str(step), args=ocp.args.Composite(**item))[name]
+    except Exception as error:
+        raise DamagedCheckpoint(
+            f"cannot read checkpoint {folder}/{step}: {_first_line(error)}"
         ) from error
-    structure = jax.tree.structure(abstract)
-    return jax.tree.unflatten(structure, [restored[name] for name in wanted])
+
+
+def _verify(folder: Path, step: int) -> None:
+    """Compare a checkpoint's files with its seal; those of early runs have none.
+
+    Raises:
+        DamagedCheckpoint: naming a file that is not as it was written.
+    """
+    checkpoint = folder / str(step)
+    try:
+        sealed = json.loads((checkpoint / SEAL).read_bytes())
+        found = _files(checkpoint)
+        for name, size_and_crc in sealed.items():
+            if name not in found:
+                raise ValueError(f"{name} is missing")
+            if found[name] != size_and_crc:
+                raise ValueError(f"{name} is not as it was written")
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, AttributeError) as error:
+        raise DamagedCheckpoint(
+            f"cannot read checkpoint {checkpoint}: {_first_line(error)}"
+        ) from None
+
+
+def _files(checkpoint: Path) -> dict[str, list[int]]:
+    """Path -> [bytes, CRC-32] of every file but the seal."""
+    found = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path.name != SEAL:
+            crc, length = 0, 0
+            with path.open("rb") as file:
+                while part := file.read(2**24):
+                    crc, length = zlib.crc32(part, crc), length + len(part)
+            found[str(path.relative_to(checkpoint))] = [length, crc]
+    return found
 
 
 def _named_leaves(state: Any) -> dict[str, Any]:
@@ -159,9 +326,17 @@ def _difference(saved: RunConfig, wanted: RunConfig) -> str:
         for section in ("model", "data", "optimizer", "train")
         for name, old in vars(getattr(saved, section)).items()
         if old != getattr(getattr(wanted, section), name)
+        and not (section == "train" and name in WATCHING)
     ]
     return "; ".join(differing)
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _reason(error: Exception) -> str:
+    """One line; a full disk by its name, wherever in tensorstore's sentence it is."""
+    full = os.strerror(errno.ENOSPC)
+    known = getattr(error, "errno", None) == errno.ENOSPC or full in str(error)
+    return full.lower() if known else _first_line(error)

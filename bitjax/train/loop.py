@@ -3,58 +3,36 @@
 A run directory holds
 
     config.json          the whole configuration
-    metrics.jsonl        one JSON object per report: step, loss, learning_rate, gradient_norm,
-                         tokens_per_second, and valid_loss where it was measured (losses in nats)
+    metrics.jsonl        one JSON object per report (`bitjax.train.metrics`; losses in nats)
+    tensorboard/         the same numbers, with `train.tensorboard`
     checkpoints/<step>/  by orbax
+    damaged-<step>/      a checkpoint that could not be read when the run was resumed
 
-An interrupted run resumes from its newest checkpoint and repeats the lost steps exactly.
+An interrupted run resumes from its newest whole checkpoint and repeats the lost steps exactly.
 """
 
 from __future__ import annotations
 
-import json
+import errno
 import math
 import os
-import signal
-import threading
 import time
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import numpy as np
 
 from bitjax.config import RunConfig, to_json
-from bitjax.train import data
-from bitjax.train.checkpoint import Checkpoints
+from bitjax.train import data, flops
+from bitjax.train.checkpoint import Checkpoints, Position
+from bitjax.train.codes import CodeWatch, flip_rate, layer_sizes
+from bitjax.train.metrics import MetricsWriter, Report, write_atomically
+from bitjax.train.signals import SignalFlag
 from bitjax.train.step import Metrics, Trainer, TrainState
 
 VALID_WINDOWS = 64  # windows of the quick validation loss during training
-
-
-@dataclass(frozen=True)
-class Report:
-    """What the loop tells its caller every `log_every` steps.
-
-    Attributes:
-        step, steps: done, and in all.
-        loss: mean training loss since the last report, nats per token.
-        learning_rate, gradient_norm: of the last step.
-        tokens_per_second: since the last report; trained tokens.
-        seconds_left: at the current rate.
-        valid_loss: nats per token on a sample of the held-out part, where measured.
-    """
-
-    step: int
-    steps: int
-    loss: float
-    learning_rate: float
-    gradient_norm: float
-    tokens_per_second: float
-    seconds_left: float
-    valid_loss: float | None
 
 
 class Interrupted(Exception):
@@ -62,7 +40,8 @@ class Interrupted(Exception):
 
 
 class Diverged(Exception):
-    """Raised when the loss is NaN or infinite; the last checkpoint is from before."""
+    """Raised when the loss is NaN or jumps and the run may not go on; the last checkpoint is from
+    before."""
 
 
 def train(
@@ -82,9 +61,10 @@ def train(
 
     Raises:
         ValueError: a text too short, a vocabulary without all bytes, or a directory that holds
-            another run.
+            another run, or checkpoints of which none is whole.
+        OSError: the disk is full; every finished checkpoint is whole.
         Interrupted: SIGINT or SIGTERM arrived; the state was saved.
-        Diverged: the loss is no longer finite.
+        Diverged: the loss is no longer finite, or jumped, and `train.on_spike` says to stop.
     """
     text = data.load_text(config.data)
     data.require_length(text, config.train.seq_len)
@@ -95,75 +75,191 @@ def train(
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot make the folder {directory}: {error.strerror}") from None
-    with Checkpoints(directory, config, text.sha256) as checkpoints, _SignalFlag() as stop:
-        state = checkpoints.restore(trainer) or trainer.init()
-        _write_atomically(directory / "config.json", to_json(config) + "\n")
-        metrics_path = directory / "metrics.jsonl"
-        _forget_after(metrics_path, int(state.step))
-        with metrics_path.open("a") as metrics_file:
+    try:
+        with Checkpoints(directory, config, text.sha256) as checkpoints, SignalFlag() as stop:
+            state, position = checkpoints.restore(trainer) or (trainer.init(), Position())
+            write_atomically(directory / "config.json", to_json(config) + "\n")
+            step = int(state.step)
+            with MetricsWriter(directory, step, config.train.tensorboard) as writer:
+                run = _Run(trainer, text, checkpoints, writer, on_report)
+                return run.go(state, position, stop)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(
+            f"cannot write to {directory}: {os.strerror(errno.ENOSPC).lower()}; finished "
+            "checkpoints are whole, and the run can go on from the newest"
+        ) from error
 
-            def report(found: Report) -> None:
-                metrics_file.write(json.dumps(_logged(found)) + "\n")
-                metrics_file.flush()
-                on_report(found)
 
-            return _run(trainer, state, text, checkpoints, stop, report)
+class _Run:
+    """The steps of one call of `train`."""
 
+    def __init__(
+        self,
+        trainer: Trainer,
+        text: data.Text,
+        checkpoints: Checkpoints,
+        writer: MetricsWriter,
+        on_report: Callable[[Report], None],
+    ) -> None:
+        self._trainer = trainer
+        self._config = trainer.config.train
+        self._text = text
+        self._valid = data.windows(text.valid, self._config.seq_len, VALID_WINDOWS)
+        self._checkpoints = checkpoints
+        self._writer = writer
+        self._on_report = on_report
+        self._codes: CodeWatch | None = None
+        self._rewinds = 0  # in all, of this process
+        self._rewinds_in_a_row = 0  # since the last checkpoint
+        # Of the steps since the last report: device scalars, fetched only when reported.
+        self._pending: list[Metrics] = []
+        self._clock = 0.0
 
-def _run(
-    trainer: Trainer,
-    state: TrainState,
-    text: data.Text,
-    checkpoints: Checkpoints,
-    stop: _SignalFlag,
-    report: Callable[[Report], None],
-) -> TrainState:
-    """Steps from `state.step` to the last one."""
-    config = trainer.config.train
-    valid = data.windows(text.valid, config.seq_len, VALID_WINDOWS)
-    pending: list[Metrics] = []  # device scalars, fetched only when reported
-    clock = time.perf_counter()
-    for step in range(int(state.step), config.steps):
-        tokens = data.batch(text.train, step, config.seed, config.batch_size, config.seq_len)
-        state, metrics = trainer.step(state, tokens)
-        pending.append(metrics)
-        done, last = step + 1, step + 1 == config.steps
-        evaluate = last or (config.eval_every and done % config.eval_every == 0)
-        stopping = stop.is_set()  # read once: a signal after this waits for the next step
-        save = last or stopping or done % config.checkpoint_every == 0
-        # Reporting whenever saving keeps a diverged state out of the checkpoints, and gives a
-        # resumed run the same reports as an unbroken one.
-        if evaluate or save or done % config.log_every == 0:
-            losses = _finite_losses(pending, done)
-            seconds = time.perf_counter() - clock
-            report(
-                Report(
-                    step=done,
-                    steps=config.steps,
-                    loss=sum(losses) / len(losses),
-                    learning_rate=float(metrics["learning_rate"]),
-                    gradient_norm=float(metrics["gradient_norm"]),
-                    tokens_per_second=len(losses) * config.batch_size * config.seq_len / seconds,
-                    seconds_left=(config.steps - done) * seconds / len(losses),
-                    valid_loss=validation_loss(trainer, state, valid) if evaluate else None,
+    def go(self, state: TrainState, position: Position, stop: SignalFlag) -> TrainState:
+        """Steps from `state.step` to the last one."""
+        config = self._config
+        step = int(state.step)
+        if config.log_codes and step < config.steps:
+            self._codes = CodeWatch(self._trainer.model, state.params)
+        self._clock = time.perf_counter()
+        while step < config.steps:
+            tokens = data.batch(
+                self._text.train, step + position.moved, config.seed, config.batch_size,
+                config.seq_len,
+            )  # fmt: skip
+            state, metrics = self._trainer.step(state, tokens)
+            self._pending.append(metrics)
+            step, last = step + 1, step + 1 == config.steps
+            evaluate = last or bool(config.eval_every and step % config.eval_every == 0)
+            stopping = stop.is_set()  # read once: a signal after this waits for the next step
+            save = last or stopping or step % config.checkpoint_every == 0
+            self._checkpoints.check()
+            # Reporting whenever saving keeps a diverged state out of the checkpoints, and gives a
+            # resumed run the same reports as an unbroken one.
+            if evaluate or save or step % config.log_every == 0:
+                if self._must_rewind(step):
+                    state, position = self._rewind(step, position)
+                    step = int(state.step)
+                    continue
+                report = self._report(state, step, evaluate)
+                loss = report.valid_loss
+                if loss is not None and loss < (position.best_loss or math.inf):
+                    position = replace(position, best_step=step, best_loss=loss)
+                    save = save or config.keep_best
+            if save:
+                self._checkpoints.save(state, position)
+                self._rewinds_in_a_row = 0
+            if stopping and not last:
+                self._checkpoints.wait()
+                raise Interrupted(f"stopped after step {step}; the state is saved")
+        self._checkpoints.wait()
+        return state
+
+    def _must_rewind(self, step: int) -> bool:
+        """Whether the steps since the last report end in going back.
+
+        Raises:
+            Diverged: they end the run.
+        """
+        config, spikes = self._config, _spikes(self._pending)
+        if config.on_spike == "stop":
+            _require_finite(self._pending, step)
+            if spikes:
+                raise Diverged(
+                    f"the loss or gradient norm jumped above {config.spike_factor} times its "
+                    f"median at about step {step}; resume from the last checkpoint with "
+                    "train.on_spike=skip or rewind, or lower optimizer.learning_rate"
                 )
+            return False
+        if config.on_spike == "skip":
+            in_a_row = max(int(m["spikes_in_a_row"]) for m in self._pending)
+            if in_a_row >= config.spike_limit:
+                raise Diverged(
+                    f"{in_a_row} steps in a row were skipped up to step {step} "
+                    f"(train.spike_limit={config.spike_limit}); lower optimizer.learning_rate"
+                )
+            if spikes:
+                warnings.warn(f"{spikes} steps skipped before step {step}", stacklevel=2)
+            return False
+        return spikes > 0
+
+    def _rewind(self, step: int, position: Position) -> tuple[TrainState, Position]:
+        """The state of the last checkpoint, and a position whose next data follow those of `step`.
+
+        Until the next checkpoint nothing of this is on disk: a process killed meanwhile comes to
+        the same spike again, and goes back again.
+        """
+        self._rewinds += 1
+        self._rewinds_in_a_row += 1
+        if self._rewinds_in_a_row >= self._config.spike_limit:
+            raise Diverged(
+                f"the run went back {self._rewinds_in_a_row} times without reaching the next "
+                f"checkpoint, the last time from step {step} "
+                f"(train.spike_limit={self._config.spike_limit}); lower optimizer.learning_rate"
             )
-            pending, clock = [], time.perf_counter()
-        if save:
-            checkpoints.save(state)
-        if stopping and not last:
-            raise Interrupted(f"stopped after step {done}; the state is saved")
-    return state
-
-
-def _finite_losses(pending: list[Metrics], step: int) -> list[float]:
-    losses = [float(metrics["loss"]) for metrics in pending]
-    if not all(map(math.isfinite, losses)):
-        raise Diverged(
-            f"the loss became {losses[-1]} at about step {step}; lower "
-            "optimizer.learning_rate, or resume from the last checkpoint"
+        restored = self._checkpoints.restore(self._trainer)
+        state, _ = restored or (self._trainer.init(), position)
+        back_to = int(state.step)
+        warnings.warn(
+            f"the loss jumped before step {step}; back to step {back_to}, with other data",
+            stacklevel=2,
         )
-    return losses
+        self._writer.rewind(back_to)
+        if self._codes is not None:
+            self._codes.restart(state.params)
+        self._pending, self._clock = [], time.perf_counter()
+        return state, replace(position, moved=position.moved + step - back_to)
+
+    def _report(self, state: TrainState, step: int, evaluate: bool) -> Report:
+        config, model, pending = self._config, self._trainer.config.model, self._pending
+        seconds = time.perf_counter() - self._clock
+        # A skipped step's loss may be NaN, or out of all proportion.
+        losses = [float(m["loss"]) for m in pending if not int(m.get("spikes_in_a_row", 0))] or [
+            float(pending[-1]["loss"])
+        ]
+        rate = len(pending) * config.batch_size * config.seq_len / seconds
+        peak = 1e9 * (config.peak_gflops or 0) or flops.measured_peak(config.compute_dtype)
+        layers = self._codes.report(state.params) if self._codes else {}
+        report = Report(
+            step=step,
+            steps=config.steps,
+            loss=sum(losses) / len(losses),
+            learning_rate=float(pending[-1]["learning_rate"]),
+            gradient_norm=float(pending[-1]["gradient_norm"]),
+            update_norm=float(pending[-1]["update_norm"]),
+            tokens_per_second=rate,
+            mfu=rate * flops.flops_per_token(model, config.seq_len) / peak,
+            peak_gflops=peak / 1e9,
+            seconds_left=(config.steps - step) * seconds / len(pending),
+            valid_loss=validation_loss(self._trainer, state, self._valid) if evaluate else None,
+            spikes=_spikes(pending) or None,
+            rewinds=self._rewinds or None,
+            flip_rate=flip_rate(layers, layer_sizes(self._trainer.model(state.params))),
+            layers=layers or None,
+        )
+        self._writer.write(report)
+        self._on_report(report)
+        self._pending, self._clock = [], time.perf_counter()
+        return report
+
+
+def _spikes(pending: list[Metrics]) -> int:
+    """Steps that were not applied."""
+    return sum(int(metrics.get("spikes_in_a_row", 0)) > 0 for metrics in pending)
+
+
+def _require_finite(pending: list[Metrics], step: int) -> None:
+    for name, shown in (
+        ("loss", "loss"), ("gradient_norm", "gradient norm"), ("update_norm", "update's norm"),
+    ):  # fmt: skip
+        values = [float(metrics[name]) for metrics in pending]
+        if not all(map(math.isfinite, values)):
+            raise Diverged(
+                f"the {shown} became {values[-1]} at about step {step}; lower "
+                "optimizer.learning_rate, or resume from the last checkpoint"
+            )
 
 
 def validation_loss(trainer: Trainer, state: TrainState, windows: np.ndarray) -> float:
@@ -174,61 +270,3 @@ def validation_loss(trainer: Trainer, state: TrainState, windows: np.ndarray) ->
         for i in range(0, len(windows), size)
     ]
     return sum(losses) / len(windows)
-
-
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The reports of a run, oldest first; a last line cut short by a crash is left out."""
-    path = directory / "metrics.jsonl"
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
-def _logged(report: Report) -> dict[str, Any]:
-    skipped = ("steps", "seconds_left")
-    return {k: v for k, v in vars(report).items() if k not in skipped and v is not None}
-
-
-def _forget_after(path: Path, step: int) -> None:
-    """Drop reports of steps that will be repeated."""
-    kept = [json.dumps(r) + "\n" for r in read_metrics(path.parent) if r["step"] <= step]
-    _write_atomically(path, "".join(kept))
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-class _SignalFlag:
-    """Set by SIGINT and SIGTERM while active; a second signal acts as usual."""
-
-    def __init__(self) -> None:
-        self._event = threading.Event()
-        self._previous: dict[int, Any] = {}
-
-    def is_set(self) -> bool:
-        return self._event.is_set()
-
-    def __enter__(self) -> _SignalFlag:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._event.set()
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()

@@ -13,6 +13,7 @@ from flax import nnx
 
 from bitjax.config import RunConfig
 from bitjax.model import Transformer, abstract_model
+from bitjax.train import spikes
 from bitjax.train.optimizer import learning_rate, make_optimizer
 
 Params = nnx.State
@@ -28,11 +29,13 @@ class TrainState:
         step: int32 scalar, steps done.
         params: float32 master weights.
         opt_state: of the optax chain.
+        guard: against spikes, where the run has one.
     """
 
     step: jax.Array
     params: Params
     opt_state: Any
+    guard: spikes.Guard | None = None
 
 
 def cross_entropy(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
@@ -57,7 +60,10 @@ class Trainer:
         """The state before the first step, a function of the seed alone."""
         rngs = nnx.Rngs(params=self.config.train.seed)
         params = nnx.state(Transformer(self.config.model, rngs=rngs), nnx.Param)
-        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
+        return TrainState(
+            jnp.zeros((), jnp.int32), params, self.optimizer.init(params),
+            spikes.new_guard(self.config.train),
+        )  # fmt: skip
 
     def model(self, params: Params) -> Transformer:
         """The model with these parameters."""
@@ -87,6 +93,15 @@ class Trainer:
         metrics = {
             "loss": loss,
             "gradient_norm": optax.tree.norm(gradients),
+            "update_norm": optax.tree.norm(updates),
             "learning_rate": self.learning_rate(state.step),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        guard = state.guard
+        if guard is not None:
+            norm = metrics["gradient_norm"]
+            spike = spikes.judge(guard, loss, norm, self.config.train.spike_factor)
+            params = spikes.unless(spike, params, state.params)
+            opt_state = spikes.unless(spike, opt_state, state.opt_state)
+            guard = spikes.noted(guard, loss, norm, spike)
+            metrics |= {"spikes_in_a_row": guard.in_a_row}
+        return TrainState(state.step + 1, params, opt_state, guard), metrics

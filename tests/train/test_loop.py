@@ -11,6 +11,7 @@ from tiny import tiny_config
 from bitjax.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig, override, to_json
 from bitjax.train import Diverged, Interrupted, read_metrics, train
 from bitjax.train.checkpoint import read_run
+from bitjax.train.flops import flops_per_token
 
 
 @pytest.fixture
@@ -33,7 +34,10 @@ def same(a, b):
 
 
 def losses(directory):
-    return {r["step"]: (r["loss"], r.get("valid_loss")) for r in read_metrics(directory)}
+    """With the codes' fractions and flips: a resumed run compares with the codes it restored."""
+    return {
+        r["step"]: (r["loss"], r.get("valid_loss"), r["layers"]) for r in read_metrics(directory)
+    }
 
 
 def test_a_run_leaves_config_metrics_and_checkpoints(config, tmp_path):
@@ -42,6 +46,14 @@ def test_a_run_leaves_config_metrics_and_checkpoints(config, tmp_path):
     assert [r.step for r in reports] == list(range(1, 13))
     assert [r.step for r in reports if r.valid_loss is not None] == [6, 12]
     assert reports[-1].seconds_left == 0
+    assert 0 < max(r.flip_rate for r in reports) < 0.5
+    assert sorted(reports[-1].layers) == sorted(
+        f"blocks.0.{n}" for n in ("attention.qkv", "attention.o", "ffn.gate_up", "ffn.down")
+    )
+    for r in reports:
+        used = r.tokens_per_second * flops_per_token(config.model, config.train.seq_len)
+        assert r.mfu == pytest.approx(used / (1e9 * r.peak_gflops))
+        assert r.update_norm > 0
     assert (tmp_path / "run" / "config.json").read_text() == to_json(config) + "\n"
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["12", "8"]
     found, step, restored = read_run(tmp_path / "run")
@@ -100,6 +112,16 @@ def test_kill_9_and_resume_gives_bit_identical_losses(config, tmp_path):
     same(resumed, unbroken)
     assert losses(tmp_path / "run") == losses(tmp_path / "unbroken")
     assert sorted(losses(tmp_path / "run")) == list(range(1, 13))
+
+
+def test_the_checkpoint_of_the_lowest_validation_loss_is_kept(config, tmp_path, monkeypatch):
+    """Measured at 3, 6, 9 and 12; 3 is no step of `checkpoint_every`."""
+    measured = iter([2.0, 3.0, 2.5, 2.25])
+    monkeypatch.setattr("bitjax.train.loop.validation_loss", lambda *_: next(measured))
+    train(override(config, ["train.eval_every=3"]), tmp_path / "run")
+    names = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == [3, 8, 12]
+    assert read_run(tmp_path / "run", 3)[1] == 3
 
 
 def test_a_metrics_line_cut_short_is_forgotten(config, tmp_path):

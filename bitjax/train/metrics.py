@@ -1,0 +1,150 @@
+"""What a run reports, and where it is written: metrics.jsonl, and TensorBoard's files if asked for.
+
+`metrics.jsonl` holds one JSON object per report: the fields of `Report` that have a value, without
+`steps` and `seconds_left`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the loop tells its caller every `log_every` steps.
+
+    Attributes:
+        step, steps: done, and in all.
+        loss: mean training loss since the last report, nats per token; of the steps that were no
+            spikes.
+        learning_rate, gradient_norm, update_norm: of the last step; the gradient before clipping,
+            the update with the learning rate in it.
+        tokens_per_second: since the last report; trained tokens.
+        seconds_left: at the current rate.
+        valid_loss: nats per token on a sample of the held-out part, where measured.
+        mfu: model FLOP/s (`bitjax.train.flops`) as a fraction of `peak_gflops`.
+        peak_gflops: as configured, or this machine's dense product, measured.
+        spikes: steps since the last report whose update was not applied.
+        rewinds: since the run began, where there were any.
+        flip_rate: fraction of all quantised weights whose code differs from the last report's.
+        layers: layer -> fractions of codes and flips (`bitjax.train.codes.LAYER_FIELDS`).
+    """
+
+    step: int
+    steps: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens_per_second: float
+    seconds_left: float
+    valid_loss: float | None
+    update_norm: float | None = None
+    mfu: float | None = None
+    peak_gflops: float | None = None
+    spikes: int | None = None
+    rewinds: int | None = None
+    flip_rate: float | None = None
+    layers: dict[str, dict[str, float]] | None = None
+
+    def record(self) -> dict[str, Any]:
+        """The line of `metrics.jsonl`."""
+        skipped = ("steps", "seconds_left")
+        return {k: v for k, v in vars(self).items() if k not in skipped and v is not None}
+
+
+class MetricsWriter:
+    """Writes a run's reports; use as a context manager.
+
+    Args:
+        directory: of the run.
+        step: reports of later steps are forgotten, because those steps will be repeated.
+        tensorboard: write `directory/tensorboard` too.
+
+    Raises:
+        ModuleNotFoundError: TensorBoard's writer is wanted and not installed.
+    """
+
+    def __init__(self, directory: Path, step: int, tensorboard: bool) -> None:
+        self._path = directory / "metrics.jsonl"
+        self._tensorboard = directory / "tensorboard" if tensorboard else None
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        _forget_after(self._path, step)
+        self._board = None if self._tensorboard is None else _board(self._tensorboard, step)
+        self._file = self._path.open("a")
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def write(self, report: Report) -> None:
+        record = report.record()
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in scalars(record):
+                self._board.add_scalar(name, value, report.step)
+            self._board.flush()
+
+    def rewind(self, step: int) -> None:
+        """Forget the reports after `step`."""
+        self.__exit__()
+        self._open(step)
+
+
+def scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Every number of a record but the step, those of layers as `zero/blocks.0.ffn.down`.
+
+    The field comes before the layer's name, so that one group shows one field of all layers.
+    """
+    for name, value in record.items():
+        if name == "layers":
+            for layer, fields in value.items():
+                yield from ((f"{field}/{layer}", x) for field, x in fields.items())
+        elif name != "step":
+            yield name, value
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The reports of a run, oldest first; a last line cut short by a crash is left out."""
+    path = directory / "metrics.jsonl"
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file by one that is whole, whenever the process may be killed."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _forget_after(path: Path, step: int) -> None:
+    kept = [json.dumps(r) + "\n" for r in read_metrics(path.parent) if r["step"] <= step]
+    write_atomically(path, "".join(kept))
+
+
+def _board(folder: Path, step: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "train.tensorboard=True needs tensorboardX; pip install 'bitjax[tensorboard]'"
+        ) from None
+    # purge_step: TensorBoard drops what an interrupted run wrote of steps that are repeated.
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
