@@ -75,8 +75,7 @@ def ternary_median(
     sharing: Sharing = PER_TENSOR,
     scale: jax.Array | None = None,
 ) -> Quantized:
-    """Absmedian ternary weights: about a quarter of the codes are 0 whatever the distribution's
-    tails; the gradient is straight-through."""
+    """Absmedian ternary weights, whose scale outliers hardly move; straight-through gradient."""
     return _ternary(w_NxK, _size(jnp.median, w_NxK, segments, sharing))
 
 
@@ -153,7 +152,7 @@ WEIGHT_QUANTIZERS: dict[str, WeightQuantizer] = {
 
 
 def quantize_matrix(
-    kind: str, w_NxK: np.ndarray, per: Literal["tensor", "row"] = "tensor"
+    kind: str, w_NxK: np.ndarray, per: Literal["tensor", "row", "group"] = "tensor"
 ) -> tuple[np.ndarray, np.ndarray]:
     """One tensor as its quantiser has it, to the bit, in little more memory than its float32.
 
@@ -164,7 +163,12 @@ def quantize_matrix(
 
     Returns:
         int8 codes `[N, K]` and a float32 scale `[]`, or `[N]`.
+
+    Raises:
+        ValueError: scales for groups.
     """
+    if per == "group":
+        raise ValueError("codes with scales for groups of columns have no form outside training")
     w = jnp.asarray(w_NxK).astype(jnp.float32)
     sharing = Sharing(per)
     statistic = jnp.median if kind == "ternary_median" else jnp.mean

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-import jax.numpy as jnp
 import numpy as np
 
 from bitjax.config import ModelConfig, to_json
@@ -30,7 +29,7 @@ from bitjax.interop.gguf import architecture as arch
 from bitjax.interop.gguf import blocks
 from bitjax.interop.gguf.container import Tensor, write_container
 from bitjax.interop.gguf.reader import CONFIG_KEY, GROUP_KEY
-from bitjax.quant import WEIGHT_QUANTIZERS, require_finite
+from bitjax.quant import quantize_matrix, require_finite
 
 Kind = Literal["TQ2_0", "TQ1_0", "I2_S", "F16", "F32"]
 Table = Literal["F32", "F16", "BF16", "Q8_0"]
@@ -64,6 +63,9 @@ def check_gguf(config: ModelConfig, kind: Kind) -> None:
     """
     if kind not in FILE_TYPES:
         raise ValueError(f"kind={kind!r} is not one of {', '.join(FILE_TYPES)}")
+    setting = config.trained_only()
+    if setting is not None:
+        raise ValueError(f"GGUF cannot express this model's {setting}")
     name = architecture_of(config)
     graph = f"GGUF's {name} architecture"
     if name != "llama" and not config.tie_embeddings:
@@ -282,8 +284,7 @@ class _Tensors:
         config, value = self.checkpoint.config, self.checkpoint.read(name)
         if not isinstance(value, Ternary):
             require_finite(self._where(name), value)
-            quantized = WEIGHT_QUANTIZERS[config.weights](jnp.asarray(value), ())
-            value = Ternary(np.asarray(quantized.codes, np.int8), np.asarray(quantized.scale[0, 0]))
+            value = Ternary(*quantize_matrix(config.weights, value, config.weight_scale))
         require_finite(f"{self._where(name)}'s scale", value.scale)
         codes, scale = value.codes, np.asarray(value.scale)
         if scale.ndim and (scale == scale[0]).all():
