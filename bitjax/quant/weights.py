@@ -85,7 +85,7 @@ def ternary_learned(
     sharing: Sharing = PER_TENSOR,
     scale: jax.Array | None = None,
 ) -> Quantized:
-    """Ternary weights with a learned step size s (arXiv 1902.08153, equations 3 and 5, section 2.2).
+    """Ternary weights with a learned step size s (LSQ, arXiv 1902.08153, equation 3, section 2.2).
 
         d dequant / d W = 1 where |W| < s, else 0
         d dequant / d s = g * (codes - W / s where |W| < s, else codes)      g = 1 / sqrt(n)
