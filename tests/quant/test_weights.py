@@ -1,5 +1,7 @@
 """Weight quantisers against their equations in NumPy, for every way to share a scale."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ def shares(sharing, segments):
     """The index of every set of weights that has one scale."""
     ends = np.cumsum((0, *(segments or (10,))))
     if sharing.per == "tensor":
-        return [np.s_[a:b, :] for a, b in zip(ends, ends[1:], strict=False)]
+        return [np.s_[a:b, :] for a, b in itertools.pairwise(ends)]
     if sharing.per == "row":
         return [np.s_[n : n + 1, :] for n in range(10)]
     return [np.s_[n : n + 1, k : k + 4] for n in range(10) for k in range(0, 12, 4)]
@@ -54,9 +56,7 @@ def test_codes_scales_and_gradient_follow_the_equation(kind, sharing, segments):
         np.testing.assert_allclose(real[share], codes * size, rtol=121 * 2**-24)
         if kind == "ternary_learned":
             inside[share] = np.abs(W[share]) < size
-    if (
-        kind == "ternary_learned"
-    ):  # its scale starts at the absmean, which has a gradient of its own
+    if kind == "ternary_learned":  # its scale starts at the absmean, which has gradients
         learned = quant.initial_scale(jnp.asarray(W), segments, sharing)
         gradient = jax.grad(
             lambda w: jnp.sum(quantizer(w, segments, sharing, learned).dequantize() * upstream)
