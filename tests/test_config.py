@@ -256,7 +256,12 @@ def test_ranges(kind, settings, message):
 def test_full_precision_twin_changes_nothing_but_the_quantisers():
     twin = UNUSUAL.model.full_precision_twin()
     assert (twin.weights, twin.activations) == ("float", "float")
-    assert dataclasses.replace(twin, weights="binary") == UNUSUAL.model
+    assert (
+        dataclasses.replace(
+            twin, weights="binary", weight_scale="group", weight_group=8, hadamard=True
+        )
+        == UNUSUAL.model
+    )
 
 
 @pytest.mark.parametrize(
