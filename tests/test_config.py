@@ -201,9 +201,11 @@ def test_positive(section, field, value):
     [
         (ModelConfig, {"weights": "float", "weight_scale": "row"},
          "model.weight_scale='row' is for quantised weights; model.weights='float' has no scales"),
-        (ModelConfig, {"weight_group": 8}, "model.weight_group=8 with model.weight_scale='tensor'; groups have a size above 0, other "
+        (ModelConfig, {"weight_group": 8}, "model.weight_group=8 with "
+         "model.weight_scale='tensor'; groups have a size above 0, other "
          "scales have 0"),
-        (ModelConfig, {"weight_scale": "group"}, "model.weight_group=0 with model.weight_scale='group'; groups have a size above 0, other "
+        (ModelConfig, {"weight_scale": "group"}, "model.weight_group=0 with "
+         "model.weight_scale='group'; groups have a size above 0, other "
          "scales have 0"),
         (ModelConfig, {"weight_scale": "group", "weight_group": 48},
          "model.hidden_size=128 is not a multiple of model.weight_group=48"),
@@ -213,7 +215,8 @@ def test_positive(section, field, value):
          "model.hadamard is for quantised models; weights and activations are float"),
         (TrainConfig, {"quantization_warmup_steps": 1000},
          "train.quantization_warmup_steps=1000 is not from 0 to below train.steps=1000"),
-        (TrainConfig, {"quantization_warmup_steps": -1}, "train.quantization_warmup_steps=-1 is not from 0 to below train.steps=1000"),
+        (TrainConfig, {"quantization_warmup_steps": -1}, "train.quantization_warmup_steps=-1 is "
+         "not from 0 to below train.steps=1000"),
         (ModelConfig, {"num_heads": 4, "num_kv_heads": 3},
          "model.num_heads=4 is not a multiple of model.num_kv_heads=3"),
         (ModelConfig, {"num_heads": 2, "num_kv_heads": 4},
