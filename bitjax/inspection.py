@@ -108,7 +108,10 @@ def matrices(checkpoint: Checkpoint, held: Contents | None) -> Iterator[Matrix]:
         if not isinstance(value, Ternary):
             require_finite(f"{checkpoint.origin}: {name}", value)
             form = form or str(value.dtype)
-            value = Ternary(*quantize_matrix(config.weights, value))
+            if config.weight_scale == "group":
+                yield Matrix(name, (rows, cols), form)
+                continue
+            value = Ternary(*quantize_matrix(config.weights, value, config.weight_scale))
         plus, minus = (int(np.count_nonzero(value.codes == code)) for code in (1, -1))
         counts = minus, rows * cols - minus - plus, plus
         yield Matrix(name, (rows, cols), form, counts, tuple(dict.fromkeys(

@@ -33,7 +33,8 @@ UNUSUAL = RunConfig(
         num_kv_heads=2, head_dim=8, max_seq_len=77, activation="silu", sub_norm=False,
         inner_norm=True, float_layers=("blocks.0.*", "*.down"), tie_embeddings=False,
         rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, 1.5, 3.0, 4096), norm_eps=1e-6,
-        weights="binary", activations="float", init_std=0.1,
+        weights="binary", activations="float", weight_scale="group", weight_group=8,
+        hadamard=True, init_std=0.1,
     ),
     DataConfig(text="a/ä \"quoted\" b.txt", valid_fraction=0.25),
     OptimizerConfig(
@@ -46,6 +47,7 @@ UNUSUAL = RunConfig(
         log_every=2, eval_every=0, checkpoint_every=3, keep_checkpoints=1, keep_best=False,
         on_spike="skip", spike_factor=9.5, spike_window=7, spike_limit=3,
         log_codes=False, tensorboard=True, peak_gflops=50.5,
+        quantization_warmup_steps=4,
     ),
 )  # fmt: skip
 # And the one that no configuration may have beside inner_norm.
@@ -151,8 +153,10 @@ WRONG = {
     "bool": ((0, 1, "true", None), "of type bool"),
     "str": ((b"x", None, 3), "of type str"),
     "DType": (("float16", None, 32), "one of float32, bfloat16"),
-    "WeightQuantizer": (("int4", None, []), "one of ternary, binary, float"),
-    "ActivationQuantizer": (("int4", None), "one of int8, float"),
+    "WeightQuantizer": (("int4", None, []),
+                        "one of ternary, ternary_median, ternary_learned, binary, float"),
+    "WeightScale": (("column", None), "one of tensor, row, group"),
+    "ActivationQuantizer": (("int2", None), "one of int8, int4, float"),
     'Literal["silu", "relu2"]': (("gelu", None), "one of silu, relu2"),
     'Literal["stop", "skip", "rewind"]': (("pray", None), "one of stop, skip, rewind"),
     'Literal["none", "linear", "llama3"]': (("yarn", None), "one of none, linear, llama3"),
@@ -198,6 +202,24 @@ def test_positive(section, field, value):
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
+        (ModelConfig, {"weights": "float", "weight_scale": "row"},
+         "model.weight_scale='row' is for quantised weights; model.weights='float' has no scales"),
+        (ModelConfig, {"weight_group": 8}, "model.weight_group=8 with "
+         "model.weight_scale='tensor'; groups have a size above 0, other "
+         "scales have 0"),
+        (ModelConfig, {"weight_scale": "group"}, "model.weight_group=0 with "
+         "model.weight_scale='group'; groups have a size above 0, other "
+         "scales have 0"),
+        (ModelConfig, {"weight_scale": "group", "weight_group": 48},
+         "model.hidden_size=128 is not a multiple of model.weight_group=48"),
+        (ModelConfig, {"hadamard": True, "intermediate_size": 33},
+         "model.intermediate_size=33 is odd; model.hadamard needs it even"),
+        (ModelConfig, {"hadamard": True, "weights": "float", "activations": "float"},
+         "model.hadamard is for quantised models; weights and activations are float"),
+        (TrainConfig, {"quantization_warmup_steps": 1000},
+         "train.quantization_warmup_steps=1000 is not from 0 to below train.steps=1000"),
+        (TrainConfig, {"quantization_warmup_steps": -1}, "train.quantization_warmup_steps=-1 is "
+         "not from 0 to below train.steps=1000"),
         (ModelConfig, {"num_heads": 4, "num_kv_heads": 3},
          "model.num_heads=4 is not a multiple of model.num_kv_heads=3"),
         (ModelConfig, {"num_heads": 2, "num_kv_heads": 4},
@@ -240,7 +262,12 @@ def test_ranges(kind, settings, message):
 def test_full_precision_twin_changes_nothing_but_the_quantisers():
     twin = UNUSUAL.model.full_precision_twin()
     assert (twin.weights, twin.activations) == ("float", "float")
-    assert dataclasses.replace(twin, weights="binary") == UNUSUAL.model
+    assert (
+        dataclasses.replace(
+            twin, weights="binary", weight_scale="group", weight_group=8, hadamard=True
+        )
+        == UNUSUAL.model
+    )
 
 
 @pytest.mark.parametrize(
@@ -313,7 +340,7 @@ def test_overrides_apply_together_and_the_last_wins():
         ("optimizer.stage_two_weight_decay=x",
          "optimizer.stage_two_weight_decay=x is not of type float or None"),
         ("model.sub_norm=1", "model.sub_norm=1 is not of type bool"),
-        ("model.weights=int4", "model.weights=int4 is not one of ternary, binary, float"),
+        ("model.weights=int4", "model.weights=int4 is not one of ternary, ternary_median, "),
     ],
 )  # fmt: skip
 def test_override_errors(setting, message):

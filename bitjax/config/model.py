@@ -9,8 +9,10 @@ from typing import Literal
 
 from bitjax.config.fields import check_fields, require, require_positive
 
-WeightQuantizer = Literal["ternary", "binary", "float"]
-ActivationQuantizer = Literal["int8", "float"]
+# Equations: bitjax/quant/weights.py and bitjax/quant/activations.py.
+WeightQuantizer = Literal["ternary", "ternary_median", "ternary_learned", "binary", "float"]
+ActivationQuantizer = Literal["int8", "int4", "float"]
+WeightScale = Literal["tensor", "row", "group"]
 DType = Literal["float32", "bfloat16"]
 CacheDType = Literal["float32", "bfloat16", "int8"]
 
@@ -67,6 +69,10 @@ class ModelConfig:
     norm_eps: float = 1e-5
     weights: WeightQuantizer = "ternary"  # every linear layer but the embedding and the head
     activations: ActivationQuantizer = "int8"  # inputs of those layers, per token
+    weight_scale: WeightScale = "tensor"  # what has a scale of its own
+    weight_group: int = 0  # columns of a row that share a scale; with weight_scale="group"
+    hadamard: bool = False  # orthonormal Hadamard transform of the inputs of o and down, block by
+    # block of the largest power of two that divides them (BitNet v2, arXiv 2504.18415)
     init_std: float = 0.02  # standard deviation of every initial weight
 
     def __post_init__(self) -> None:
@@ -99,10 +105,53 @@ class ModelConfig:
             f"model.head_dim={self.head_dim} is odd; rotary embedding needs it even",
         )
 
+        self._check_scales()
+
+    def _check_scales(self) -> None:
+        group, widths = self.weight_group, {
+            "hidden_size": self.hidden_size,
+            "num_heads * head_dim": self.num_heads * self.head_dim,
+            "intermediate_size": self.intermediate_size,
+        }  # fmt: skip
+        require(
+            self.weights != "float" or self.weight_scale == "tensor",
+            f"model.weight_scale={self.weight_scale!r} is for quantised weights; "
+            "model.weights='float' has no scales",
+        )
+        require(
+            (group > 0) == (self.weight_scale == "group"),
+            f"model.weight_group={group} with model.weight_scale={self.weight_scale!r}; groups "
+            "have a size above 0, other scales have 0",
+        )
+        for name, width in widths.items():
+            require(
+                group == 0 or width % group == 0,
+                f"model.{name}={width} is not a multiple of model.weight_group={group}",
+            )
+            require(
+                not self.hadamard or name == "hidden_size" or width % 2 == 0,
+                f"model.{name}={width} is odd; model.hadamard needs it even",
+            )
+        require(
+            not self.hadamard or (self.weights, self.activations) != ("float", "float"),
+            "model.hadamard is for quantised models; weights and activations are float",
+        )
+
+    def trained_only(self) -> str | None:
+        """The setting, with its value, that no packed form or exchanged format has; else None."""
+        if self.weight_scale == "group":
+            return f"weight_scale='group' (weight_group={self.weight_group})"
+        if self.activations == "int4":
+            return "activations='int4'"
+        return "hadamard=true" if self.hadamard else None
+
     def is_float_layer(self, name: str) -> bool:
         """Whether `float_layers` names a linear layer, e.g. `blocks.0.attention.qkv`."""
         return any(fnmatchcase(name, pattern) for pattern in self.float_layers)
 
     def full_precision_twin(self) -> ModelConfig:
         """The same shape with float weights and activations."""
-        return dataclasses.replace(self, weights="float", activations="float")
+        return dataclasses.replace(
+            self, weights="float", activations="float", weight_scale="tensor", weight_group=0,
+            hadamard=False,
+        )  # fmt: skip

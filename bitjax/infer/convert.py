@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
@@ -50,7 +51,7 @@ def pack_model(
     Codes and scales come from the quantiser of the training-time forward pass.
 
     Args:
-        model: with float master weights and `config.weights` "ternary" or "binary".
+        model: with float master weights and `config.weights` of any kind but "float".
         layout: of the linear layers, "ternary2" or "ternary1.6" (bits a weight).
         tables: of embedding and head; "float32" keeps them as trained, "screened" is bfloat16
             with a `Screen` for the head.
@@ -62,12 +63,12 @@ def pack_model(
         ValueError: columns without ReLU^2, a full-precision model, one already packed, weights
             that are not finite, or as `layouts_by_layer`.
     """
-    kind = model.config.weights
     require_packable("this model", model.config)
     if columns:
         require_zeros(model.config)
     layouts = layouts_by_layer(model, layout, layer_layouts)
     packed: Transformer = nnx.clone(model)
+    packed.config = packed_config(model.config)
     for name, layer in bit_linears(packed):
         weight = layer.weight.get_value()
         if isinstance(weight, PackedWeights):
@@ -75,9 +76,10 @@ def pack_model(
         if layer.weights == "float":
             continue
         require_finite(name, weight)
-        codes, scale = WEIGHT_QUANTIZERS[kind](weight, layer.segments)
+        codes, scale = layer.quantized()
         scales = np.asarray(scale).reshape(-1)
-        packed_scale = scales if layer.segments else scales[0]
+        packed_scale = scales if len(scales) > 1 else scales[0]
+        layer.weights, layer.learned_scale = packed.config.weights, None
         rows = pack(np.asarray(codes), packed_scale, layouts[name])
         by_columns = columns and name.endswith(COLUMNS_OF)
         layer.weight.set_value(with_columns(rows) if by_columns else rows)
@@ -98,12 +100,21 @@ def in_pieces(values: np.ndarray) -> Iterator[np.ndarray]:
         yield values[first : first + step]
 
 
+def packed_config(config: ModelConfig) -> ModelConfig:
+    """The configuration of the packed form: learned scales are then scales like others."""
+    learned = config.weights == "ternary_learned"
+    return dataclasses.replace(config, weights="ternary") if learned else config
+
+
 def require_packable(what: str, config: ModelConfig) -> None:
-    """Refuse a full-precision model.
+    """Refuse a full-precision model, and settings that only training has.
 
     Raises:
-        ValueError: `what` has float weights.
+        ValueError: `what` has float weights, or a setting that packed products do not know.
     """
+    setting = config.trained_only()
+    if setting is not None:
+        raise ValueError(f"{what} has {setting}, which packed layers cannot express")
     if config.weights not in WEIGHT_QUANTIZERS:
         raise ValueError(
             f"{what} has {config.weights} weights; only {' and '.join(WEIGHT_QUANTIZERS)} can be "

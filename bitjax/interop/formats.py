@@ -112,6 +112,12 @@ def _open(path: Path, kind: Format, i2s_group: int | None) -> Checkpoint:
         from bitjax.train.checkpoint import read_run
 
         config, _, state = read_run(path)
+        warmup = config.train.quantization_warmup_steps
+        if int(state.step) < warmup:
+            raise ValueError(
+                f"{path} is at step {int(state.step)} of train.quantization_warmup_steps={warmup}: "
+                "its weights are not wholly quantised yet; train on"
+            )
         return checkpoint_of(Trainer(config).model(state.params), str(path))
     from bitjax.interop.model_file import read_model
 

@@ -24,6 +24,7 @@ from bitjax.infer.convert import (
     TableFormat,
     in_pieces,
     layouts_by_layer,
+    packed_config,
     require_packable,
     require_zeros,
 )
@@ -73,7 +74,7 @@ def read_model(path: Path) -> Checkpoint:
 
 def checkpoint_of(model: Transformer, origin: str = "the model") -> Checkpoint:
     """A model in memory, or in a file that is mapped to it."""
-    config = model.config
+    config = packed_config(model.config)  # a learned scale is lost unless codes go with it
     layers = dict(bit_linears(model))
     values = dict(parameters(model))
 
@@ -117,7 +118,12 @@ def _matrix(layer: BitLinear, index: int) -> np.ndarray | Ternary:
     ends = list(itertools.accumulate(layer.segments or weight.shape[:1], initial=0))
     first, last = ends[index : index + 2]
     if not isinstance(weight, PackedWeights):
-        return np.asarray(weight)[first:last]
+        if layer.learned_scale is None:
+            return np.asarray(weight)[first:last]
+        quantized = layer.quantized()
+        scales = np.broadcast_to(quantized.scale[:, 0], len(weight))[first:last]
+        codes = np.asarray(quantized.codes[first:last], np.int8)
+        return Ternary(codes, scales[0] if layer.sharing.per == "tensor" else scales)
     codes = np.empty((last - first, weight.cols), np.int8)
     # Whole blocks of rows, of which the first and the last may be shared with a neighbour.
     step = ROWS_AT_ONCE // BLOCK_ROWS
@@ -210,7 +216,8 @@ class _Source:
             require_finite(f"{self.checkpoint.origin}: the scale of {name}", value.scale)
             return value
         require_finite(f"{self.checkpoint.origin}: {name}", value)
-        return Ternary(*quantize_matrix(self.checkpoint.config.weights, value))
+        config = self.checkpoint.config
+        return Ternary(*quantize_matrix(config.weights, value, config.weight_scale))
 
     def _read(self, name: str) -> np.ndarray | Ternary:
         value = self.checkpoint.read(name)
@@ -299,6 +306,8 @@ def build_model(
     Raises:
         ValueError: weights that are not finite, or not of the configuration's shape.
     """
+    if checkpoint.config.weights in WEIGHT_QUANTIZERS:
+        require_packable(checkpoint.origin, checkpoint.config)
     model = abstract_model(checkpoint.config)
     layers = dict(bit_linears(model))
     source = _Source(checkpoint, layouts_by_layer(model, layout), columns=False)

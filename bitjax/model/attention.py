@@ -58,7 +58,7 @@ class Attention(nnx.Module):
         )  # fmt: skip
         self.qkv = BitLinear(D, H * h, G * h, G * h, config=config, rngs=rngs)
         self.sub_norm = RMSNorm(H * h, config.norm_eps) if config.sub_norm else None
-        self.o = BitLinear(H * h, D, config=config, rngs=rngs)
+        self.o = BitLinear(H * h, D, config=config, rngs=rngs, transform=True)
         self.config = config
 
     def __call__(

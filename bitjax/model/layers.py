@@ -20,7 +20,15 @@ from bitjax import ops
 from bitjax.config import ModelConfig, RopeScaling
 from bitjax.ops import reference
 from bitjax.packing import PackedWeights
-from bitjax.quant import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS, Segments
+from bitjax.quant import (
+    ACTIVATION_QUANTIZERS,
+    WEIGHT_QUANTIZERS,
+    Quantized,
+    Segments,
+    Sharing,
+    hadamard,
+    initial_scale,
+)
 
 
 class RMSNorm(nnx.Module):
@@ -64,14 +72,32 @@ class BitLinear(nnx.Module):
         segments: output features of each stacked matrix; their sum is N.
         config: number formats and initial scale.
         rngs: source of the initial weights.
+        transform: whether `config.hadamard` concerns this layer (H-BitLinear of BitNet v2, arXiv
+            2504.18415): a Hadamard transform between the norms and the quantisation.
+
+    Attributes:
+        strength: lambda of the quantisation warm-up, a scalar in 0..1 (`Quantized.softened`); None
+            is full quantisation. Not stored: whoever schedules it sets it.
     """
 
     def __init__(
-        self, in_features: int, *segments: int, config: ModelConfig, rngs: nnx.Rngs
+        self,
+        in_features: int,
+        *segments: int,
+        config: ModelConfig,
+        rngs: nnx.Rngs,
+        transform: bool = False,
     ) -> None:
         tables = [jax.random.normal(rngs.params(), (n, in_features)) for n in segments]
         self.weight: nnx.Param = nnx.Param(config.init_std * jnp.concatenate(tables))
         self.segments: Segments = segments if len(segments) > 1 else ()
+        self.sharing = Sharing(config.weight_scale, config.weight_group)
+        self.learned_scale: nnx.Param | None = nnx.data(None)
+        if config.weights == "ternary_learned":
+            start = initial_scale(self.weight[...], self.segments, self.sharing)
+            self.learned_scale = nnx.Param(start)
+        self.strength: jax.Array | None = nnx.data(None)
+        self.hadamard = transform and config.hadamard
         norm: RMSNorm | RMSNorms | None = None
         if config.inner_norm:
             norm = RMSNorm(in_features, config.norm_eps)
@@ -120,11 +146,16 @@ class BitLinear(nnx.Module):
                 rows = jnp.split(y, ends[:-1], axis=-1)
                 y = jnp.concatenate([part[..., s, :] for s, part in enumerate(rows)], axis=-1)
         elif each:
-            matrices = jnp.split(weight, ends[:-1])
-            parts = [self._fake_quantized(x[..., s, :], w, ()) for s, w in enumerate(matrices)]
+            codes, scale = self._quantized_weights(weight)
+            matrices = jnp.split(codes, ends[:-1])
+            scales = [None] * len(ends) if scale is None else jnp.split(scale, ends[:-1])
+            parts = [
+                self._product(x[..., s, :], *matrix)
+                for s, matrix in enumerate(zip(matrices, scales, strict=True))
+            ]
             y = jnp.concatenate(parts, axis=-1)
         else:
-            y = self._fake_quantized(x, weight, self.segments)
+            y = self._product(x, *self._quantized_weights(weight))
         return y if residual is None else residual + y
 
     def _packed(self, x: jax.Array, weight: PackedWeights) -> jax.Array:
@@ -132,13 +163,38 @@ class BitLinear(nnx.Module):
             return ops.dequantized_matmul(x, weight, self.impl)
         return ops.packed_matmul(x, weight, impl=self.impl)
 
-    def _fake_quantized(self, x: jax.Array, w_NxK: jax.Array, segments: Segments) -> jax.Array:
+    def make_float(self) -> None:
+        """Take away quantisers, transform and learned scale."""
+        self.weights = self.activations = "float"
+        self.learned_scale, self.hadamard = None, False
+
+    def quantized(self) -> Quantized:
+        """The float master weights as the forward pass quantises them."""
+        learned = None if self.learned_scale is None else self.learned_scale[...]
+        quantizer = WEIGHT_QUANTIZERS[self.weights]
+        return quantizer(self.weight[...], self.segments, self.sharing, learned)
+
+    def _quantized_weights(self, w_NxK: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Codes and a scale for all rows or for each; without a scale real values."""
+        if self.weights == "float":
+            return w_NxK, None
+        quantized = self.quantized()
+        if self.strength is not None:
+            quantized = quantized.softened(w_NxK, self.strength)
+        # Scales within a row cannot follow the product.
+        return (quantized.dequantize(), None) if self.sharing.per == "group" else quantized
+
+    def _product(self, x: jax.Array, w_NxK: jax.Array, w_scale: jax.Array | None) -> jax.Array:
         dtype, shape, scale = x.dtype, x.shape, None
         x = x.reshape(-1, shape[-1])  # one matrix product: XLA transposes less on CPU
+        if self.hadamard:
+            x = hadamard(x)
         if self.activations != "float":
-            x, scale = ACTIVATION_QUANTIZERS[self.activations](x)
-        if self.weights != "float":
-            w_NxK, w_scale = WEIGHT_QUANTIZERS[self.weights](w_NxK, segments)
+            quantized = ACTIVATION_QUANTIZERS[self.activations](x)
+            if self.strength is not None:
+                quantized = quantized.softened(x, self.strength)
+            x, scale = quantized
+        if w_scale is not None:
             w_scale = w_scale.reshape(1, -1)
             scale = w_scale if scale is None else scale * w_scale
         # Codes are exact in bfloat16 too (integers up to 256), and their sums in float32.
@@ -188,7 +244,7 @@ class FeedForward(nnx.Module):
         D, F = config.hidden_size, config.intermediate_size
         self.gate_up = BitLinear(D, F, F, config=config, rngs=rngs)
         self.sub_norm = RMSNorm(F, config.norm_eps) if config.sub_norm else None
-        self.down = BitLinear(F, D, config=config, rngs=rngs)
+        self.down = BitLinear(F, D, config=config, rngs=rngs, transform=True)
         self.activation = config.activation
 
     def __call__(self, x_BxTxD: jax.Array, norm: RMSNorm | None) -> jax.Array:

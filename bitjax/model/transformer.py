@@ -189,7 +189,7 @@ def _keep_float(model: Transformer) -> None:
     layers = dict(bit_linears(model))
     for pattern in model.config.float_layers:
         for name in layers_matching(model, pattern):
-            layers[name].weights = layers[name].activations = "float"
+            layers[name].make_float()
             if model.config.linear_norm_eps is not None:
                 layers[name].norm = None
 

@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 from bitjax.config import RunConfig
-from bitjax.model import Transformer, abstract_model
+from bitjax.model import Transformer, abstract_model, bit_linears
 from bitjax.train import spikes
 from bitjax.train.optimizer import learning_rate, make_optimizer
 
@@ -43,6 +43,14 @@ def cross_entropy(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits_BxTxV, targets_BxT).mean()
 
 
+def quantization_strength(step: jax.typing.ArrayLike, warmup_steps: int) -> jax.Array:
+    """Lambda at a step: `min(1, step / warmup_steps)`, and 1 without a warm-up.
+
+    Source: "Fine-tuning LLMs to 1.58bit" (Hugging Face, 2024), its linear schedule.
+    """
+    return jnp.minimum(1.0, jnp.asarray(step, jnp.float32) / warmup_steps if warmup_steps else 1.0)
+
+
 class Trainer:
     """The compiled functions of one run configuration; holds no training state."""
 
@@ -69,25 +77,37 @@ class Trainer:
         """The model with these parameters."""
         return nnx.merge(self.graph, params)
 
-    def _loss(self, params: Params, batch_BxT1: jax.Array) -> jax.Array:
-        logits = self.model(params)(batch_BxT1[:, :-1])
+    def _loss(
+        self, params: Params, batch_BxT1: jax.Array, strength: jax.Array | None = None
+    ) -> jax.Array:
+        """With `strength` of the quantisation; without, that of the finished model."""
+        model = self.model(params)
+        if strength is not None:
+            for _, layer in bit_linears(model):
+                layer.strength = strength
+        logits = model(batch_BxT1[:, :-1])
         return cross_entropy(logits, batch_BxT1[:, 1:])
 
-    def _gradients(self, params: Params, batch_BxT1: jax.Array) -> tuple[jax.Array, Params]:
+    def _gradients(
+        self, params: Params, batch_BxT1: jax.Array, strength: jax.Array | None = None
+    ) -> tuple[jax.Array, Params]:
         """Loss and gradients of the whole batch, in `accumulate` equal parts."""
         parts = self.config.train.accumulate
         if parts == 1:
-            return jax.value_and_grad(self._loss)(params, batch_BxT1)
+            return jax.value_and_grad(self._loss)(params, batch_BxT1, strength)
 
         def add(total: Any, part: jax.Array) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(self._loss)(params, part)), None
+            found = jax.value_and_grad(self._loss)(params, part, strength)
+            return jax.tree.map(jnp.add, total, found), None
 
         zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
         total, _ = jax.lax.scan(add, zeros, batch_BxT1.reshape(parts, -1, batch_BxT1.shape[1]))
         return jax.tree.map(lambda x: x / parts, total)
 
     def _step(self, state: TrainState, batch_BxT1: jax.Array) -> tuple[TrainState, Metrics]:
-        loss, gradients = self._gradients(state.params, batch_BxT1)
+        warmup = self.config.train.quantization_warmup_steps
+        strength = quantization_strength(state.step, warmup) if warmup else None
+        loss, gradients = self._gradients(state.params, batch_BxT1, strength)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {

@@ -306,3 +306,35 @@ def test_tables_that_are_not_finite_are_refused(name, form):
     table.set_value(table[...].at[7, 30].set(np.nan))
     with pytest.raises(ValueError, match=r" holds 1 values that are not .* index \(7, 30\)"):
         pack_model(model, tables=form)
+
+
+@pytest.mark.parametrize(
+    ("kind", "per"), [("ternary_median", "tensor"), ("ternary_learned", "tensor"),
+                      ("ternary_learned", "row"), ("ternary", "row"), ("binary", "row")],
+)  # fmt: skip
+def test_packed_logits_of_other_scales_are_the_trained_ones(kind, per, tmp_path):
+    model = tiny_model(weights=kind, weight_scale=per, num_layers=1)
+    for _, layer in bit_linears(model):
+        if kind == "ternary_learned":  # somewhere training could have moved it
+            layer.learned_scale.set_value(layer.learned_scale[...] * 1.2)
+    packed = changed(pack_model(model), fuse=False, impl="reference")
+    tokens = jnp.arange(6)[None]
+    np.testing.assert_allclose(
+        np.asarray(packed(tokens)), np.asarray(model(tokens)), rtol=1e-4, atol=1e-4
+    )
+    save_model(tmp_path / "m.bitjax", packed)
+    again = changed(load_model(tmp_path / "m.bitjax"), fuse=False, impl="reference")
+    np.testing.assert_array_equal(np.asarray(again(tokens)), np.asarray(packed(tokens)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting"),
+    [
+        ({"weight_scale": "group", "weight_group": 8}, r"weight_scale='group' \(weight_group=8\)"),
+        ({"activations": "int4"}, "activations='int4'"),
+        ({"hadamard": True}, "hadamard=true"),
+    ],
+)
+def test_what_only_training_has_is_not_packed(changes, setting):
+    with pytest.raises(ValueError, match=f"^this model has {setting}, which packed layers cannot"):
+        pack_model(tiny_model(num_layers=1, **changes))

@@ -345,3 +345,21 @@ def test_rotary_turns_pairs_and_keeps_relative_angles():
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     np.testing.assert_allclose(np.asarray(at(3))[[1, 5]], turn @ pair, rtol=1e-5)
     np.testing.assert_allclose(float(at(9) @ at(4)), float(at(105) @ at(100)), rtol=1e-4)
+
+
+def test_groups_int4_and_hadamard_in_one_layer_are_their_equations():
+    config = tiny_config(
+        weight_scale="group", weight_group=8, activations="int4", hadamard=True, init_std=0.5
+    )
+    layer, x = BitLinear(16, 6, config=config, rngs=nnx.Rngs(0), transform=True), inputs(3, 16)
+    h = (
+        np.array([[1.0 - 2 * (bin(i & j).count("1") % 2) for j in range(16)] for i in range(16)])
+        / 4
+    )
+    turned = np.asarray(x, np.float64) @ h
+    step = np.abs(turned).mean(axis=1, keepdims=True) / np.sqrt(7)
+    x_real = np.clip(np.rint(turned / step), -8, 7) * step
+    w = np.asarray(layer.weight[...], np.float64).reshape(6, 2, 8)
+    size = np.abs(w).mean(axis=2, keepdims=True)
+    w_real = (np.clip(np.rint(w / size), -1, 1) * size).reshape(6, 16)
+    np.testing.assert_allclose(np.asarray(layer(x)), x_real @ w_real.T, rtol=1e-4, atol=1e-5)

@@ -8,6 +8,7 @@ from tiny import tiny_config
 
 from bitjax.config import OptimizerConfig, RunConfig, TrainConfig
 from bitjax.train import Trainer, cross_entropy
+from bitjax.train.step import quantization_strength
 
 
 def config(**train):
@@ -104,3 +105,25 @@ def test_lowers_for_cuda_without_a_cpu_custom_call():
 # One step from seed 0; recorded when the forward and backward passes agreed with the oracles.
 PINNED_LOSS = 4.33625
 PINNED_NORM = 5.97895
+
+
+def test_the_strength_of_quantisation_grows_to_one():
+    found = [float(quantization_strength(t, 4)) for t in (0, 1, 4, 9)]
+    assert found == [0, 0.25, 1, 1]
+    assert float(quantization_strength(0, 0)) == 1
+
+
+def test_a_warm_up_starts_at_the_full_precision_twin_and_ends_quantised():
+    trainer = Trainer(config(quantization_warmup_steps=2))
+    twin = dataclasses.replace(trainer.config, model=trainer.config.model.full_precision_twin())
+    state = trainer.init()
+    wanted = (
+        float(Trainer(twin).loss(state.params, BATCH)),
+        float(trainer.loss(state.params, BATCH)),
+    )
+    later = jax.tree.map(jnp.copy, dataclasses.replace(state, step=jnp.int32(2)))
+    _, first = trainer.step(state, BATCH)
+    _, last = trainer.step(later, BATCH)
+    assert abs(wanted[0] - wanted[1]) > 1e-3  # else the test could not tell
+    assert float(first["loss"]) == pytest.approx(wanted[0], rel=1e-5)
+    assert float(last["loss"]) == pytest.approx(wanted[1], rel=1e-6)

@@ -63,6 +63,9 @@ def check_gguf(config: ModelConfig, kind: Kind) -> None:
     """
     if kind not in FILE_TYPES:
         raise ValueError(f"kind={kind!r} is not one of {', '.join(FILE_TYPES)}")
+    setting = config.trained_only()
+    if setting is not None:
+        raise ValueError(f"GGUF cannot express this model's {setting}")
     name = architecture_of(config)
     graph = f"GGUF's {name} architecture"
     if name != "llama" and not config.tie_embeddings:
@@ -281,7 +284,7 @@ class _Tensors:
         config, value = self.checkpoint.config, self.checkpoint.read(name)
         if not isinstance(value, Ternary):
             require_finite(self._where(name), value)
-            value = Ternary(*quantize_matrix(config.weights, value))
+            value = Ternary(*quantize_matrix(config.weights, value, config.weight_scale))
         require_finite(f"{self._where(name)}'s scale", value.scale)
         codes, scale = value.codes, np.asarray(value.scale)
         if scale.ndim and (scale == scale[0]).all():

@@ -85,6 +85,9 @@ def _wrong_shape(config: ModelConfig, family: Family) -> str | None:
 
 
 def _wrong_form(config: ModelConfig, form: Form) -> str | None:
+    setting = config.trained_only()
+    if setting is not None:
+        return f"it has no models with {setting}"
     kinds = f"{config.weights} weights and {config.activations} activations"
     quantized = config.weights != "float" and config.activations == "int8"
     if config.weights == "float" and config.activations == "int8":
@@ -92,8 +95,14 @@ def _wrong_form(config: ModelConfig, form: Form) -> str | None:
     if config.linear_norm_eps is not None and not quantized:
         return f"it has no norm before every matrix in models of {kinds}"
     if form != "packed":
+        absmean = config.weights == "ternary" and config.weight_scale == "tensor"
         if config.weights == "binary" and quantized:
             return "it would make a binary model's master weights ternary; the form packed fits"
+        if quantized and not absmean:
+            return (
+                f"it would quantise master weights by their absmean, this model's are "
+                f"{config.weights} with a scale for each {config.weight_scale}"
+            )
         return None
     if not quantized:
         return f"packed layers have int8 activations, this model {kinds}; the form bfloat16 fits"

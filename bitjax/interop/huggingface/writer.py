@@ -169,7 +169,8 @@ def _ternary(checkpoint: Checkpoint, name: str) -> Ternary:
         require_finite(f"{checkpoint.origin}: the scale of {name}", value.scale)
         return value
     require_finite(f"{checkpoint.origin}: {name}", value)
-    return Ternary(*quantize_matrix(checkpoint.config.weights, value))
+    config = checkpoint.config
+    return Ternary(*quantize_matrix(config.weights, value, config.weight_scale))
 
 
 def _shards(tensors: list[Tensor], shard_bytes: int) -> list[list[Tensor]]:
