@@ -234,5 +234,6 @@ def _labels(path: Path) -> list[int] | None:
     for ending in ENDINGS:
         beside = path.with_name(f"{path.name.removesuffix(ending)}-labels.lst")
         if path.name.endswith(ending) and beside.is_file():
-            return [int(line) if line.strip() in ("0", "1") else -1 for line in beside.open()]
+            lines = beside.read_text(encoding="utf-8", errors="replace").splitlines()
+            return [int(line) if line.strip() in ("0", "1") else -1 for line in lines]
     return None

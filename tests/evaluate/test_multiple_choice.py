@@ -212,8 +212,8 @@ def test_bad_files(tmp_path):
 
 def test_two_models_at_the_command_line(model, tmp_path, capsys):
     a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    save_model(model, a)
-    save_model(tiny_model(num_layers=1, seed=1), b)
+    save_model(a, model)
+    save_model(b, tiny_model(num_layers=1, seed=1))
     write(tmp_path / "t.jsonl", LINES)
     arguments = ["eval", str(a), str(b), "--tasks", "t", "--task-dir", str(tmp_path)]
     assert main([*arguments, "--records", str(tmp_path / "r")]) == 0
