@@ -85,7 +85,7 @@ def _run(
 
 
 def _scores(run: Run, tasks: Sequence[Task]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for task, records in zip(tasks, run.records, strict=True):
         for group, members in groups(records).items():
             for name, values in metrics(members).items():
