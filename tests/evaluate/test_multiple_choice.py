@@ -1,5 +1,6 @@
 """Multiple choice against plain loops, its records, its tests, and files that are no tasks."""
 
+import dataclasses
 import json
 import lzma
 import math
@@ -14,7 +15,7 @@ from bitjax.cli import main
 from bitjax.evaluate.compare import bootstrap_interval, holm, mcnemar
 from bitjax.evaluate.multiple_choice import Mean, Settings, examples, metrics, score_task
 from bitjax.evaluate.records import Records
-from bitjax.evaluate.requests import RequestScorer, encode_request, padded_lengths
+from bitjax.evaluate.requests import RequestScorer, Score, encode_request, padded_lengths
 from bitjax.evaluate.rolling import rolling_requests, score_documents
 from bitjax.evaluate.tasks import find_task, read_task
 from bitjax.model.files import save_model
@@ -224,3 +225,17 @@ def test_two_models_at_the_command_line(model, tmp_path, capsys):
     assert "the model's context is 48" in capsys.readouterr().err
     assert main(["eval", str(a), "--tasks", "nothing"]) == 1
     assert "task 'nothing' is no file" in capsys.readouterr().err
+
+
+def test_acc_norm_counts_characters(task, model):
+    """Four characters of eight bytes: -4.4 / 4 is below -2.1 / 2, and -4.4 / 8 above it."""
+
+    class Fixed(RequestScorer):
+        def stream(self, requests):
+            yield {i: Score(value, False) for i, value in enumerate((-4.4, -2.1))}
+
+    item = dataclasses.replace(task.items[0], contexts=("Q", "Q"), choices=(" éééé", " ab"), gold=1)
+    only = dataclasses.replace(task, items=(item,))
+    (record,) = score_task(Fixed(model), BYTES, only, Settings())
+    assert (record.acc, record.acc_norm) == (1, 1)
+    assert record.bits_per_byte == pytest.approx(2.1 / math.log(2) / 2)
