@@ -223,9 +223,35 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     evaluate = command(
-        "eval", _eval, "score a text: bits per byte and perplexity with its standard error"
+        "eval",
+        _eval,
+        "score a text: bits per byte and perplexity with its standard error",
+        "With --tasks, multiple choice; and two models are compared item by item.",
     )
     model_argument(evaluate)
+    evaluate.add_argument("other", nargs="?", help="with --tasks: a model to compare with")
+    evaluate.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help="files of questions (.jsonl, .gz, .xz; BLiMP's .zip), or names in --task-dir",
+    )
+    evaluate.add_argument("--task-dir", type=Path, metavar="DIR", help="where tasks are by name")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="first N items of each part")
+    evaluate.add_argument(
+        "--shots", type=int, default=0, metavar="K", help="solved items before each (default: 0)"
+    )
+    evaluate.add_argument("--seed", type=int, default=0, help="of the choice of solved items")
+    evaluate.add_argument(
+        "--truncate", action="store_true", help="cut off the beginning of what is too long"
+    )
+    evaluate.add_argument(
+        "--records",
+        type=Path,
+        metavar="DIR",
+        help="keep the result of each item here; the same command then goes on where it stopped",
+    )
     evaluate.add_argument(
         "--text",
         default="",
@@ -431,7 +457,23 @@ def _plot(arguments: argparse.Namespace) -> None:
     plot_quantity(arguments.output, runs, arguments.of, arguments.smooth)
 
 
+def _eval_tasks(arguments: argparse.Namespace) -> None:
+    from bitjax.evaluate.multiple_choice import Settings
+    from bitjax.evaluate.tasks import find_task, read_task
+    from bitjax.evaluation import evaluate_tasks
+
+    settings = Settings(arguments.shots, arguments.seed, arguments.truncate)
+    tasks = [read_task(find_task(name, arguments.task_dir)) for name in arguments.tasks]
+    models = [arguments.model, arguments.other] if arguments.other else [arguments.model]
+    evaluate_tasks(models, tasks, settings, arguments.limit, arguments.records)
+
+
 def _eval(arguments: argparse.Namespace) -> None:
+    if arguments.tasks:
+        _eval_tasks(arguments)
+        return
+    if arguments.other is not None:
+        raise ValueError("two models are compared on --tasks; none is given")
     from bitjax import terminal
     from bitjax.api import load
     from bitjax.config import DataConfig

@@ -18,6 +18,7 @@ LAYERS = [
     {"api", "recipe"},
     {"plots", "terminal"},
     {"demo", "inspection", "conversion", "bench", "chat"},
+    {"evaluation"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
