@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitjax import __version__
+from bitjax.cli_corpus import add_corpus_commands
 from bitjax.printable import printable
 
 if TYPE_CHECKING:
@@ -184,6 +185,8 @@ def _parser() -> argparse.ArgumentParser:
         dest="settings",
         help="override a setting, e.g. --set train.steps=500; repeatable",
     )
+
+    add_corpus_commands(command("corpus", None, "turn text into token files to train on"))
 
     evaluate = command(
         "eval", _eval, "score a text: bits per byte and perplexity with its standard error"
