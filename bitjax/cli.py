@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitjax import __version__
+from bitjax.cli_corpus import add_corpus_commands
 from bitjax.printable import printable
 
 if TYPE_CHECKING:
@@ -221,6 +222,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="W",
         help="weight of the past in a moving average, 0 to below 1 (default: 0)",
     )
+
+    add_corpus_commands(command("corpus", None, "turn text into token files to train on"))
 
     evaluate = command(
         "eval",

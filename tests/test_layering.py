@@ -12,13 +12,14 @@ PACKAGE = ROOT / "bitjax"
 LAYERS = [
     {"allocator", "config", "quant", "packing", "printable", "safetensors_writer", "tokenizer"},
     {"ops", "presets", "text"},
+    {"corpus"},
     {"model"},
     {"train", "infer", "evaluate"},
     {"interop"},
     {"api", "recipe"},
     {"plots", "terminal"},
     {"demo", "inspection", "conversion", "bench", "chat"},
-    {"evaluation"},
+    {"cli_corpus", "evaluation"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -9,6 +9,7 @@ the code (`x_BxTxD`):
     N rows (output features) and K columns (input features) of one linear layer
 """
 
+from bitjax.config.corpus import CorpusConfig
 from bitjax.config.data import DataConfig
 from bitjax.config.fields import from_dict, from_json, override, to_json
 from bitjax.config.model import (
@@ -24,7 +25,8 @@ from bitjax.config.run import RunConfig
 from bitjax.config.train import WATCHING, TrainConfig
 
 __all__ = [
-    "WATCHING", "ActivationQuantizer", "CacheDType", "DType", "DataConfig", "ModelConfig",
+    "WATCHING", "ActivationQuantizer", "CacheDType", "CorpusConfig", "DType", "DataConfig",
+    "ModelConfig",
     "OptimizerConfig", "RopeScaling", "RunConfig", "TrainConfig", "WeightQuantizer", "from_dict",
     "from_json", "override", "to_json",
 ]  # fmt: skip
