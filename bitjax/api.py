@@ -42,9 +42,12 @@ def load(path: str | Path, impl: Impl = "auto", check: bool = True) -> Transform
     if kind == "run":
         from bitjax.train import Trainer  # takes a while to import
         from bitjax.train.checkpoint import read_run
+        from bitjax.train.source import read_tokenizer_file
 
         config, _, state = read_run(path)
-        return Trainer(config).model(state.params)
+        model = Trainer(config).model(state.params)
+        model.tokenizer = read_tokenizer_file(path)
+        return model
     about = memory.mapping_warning(path.stat().st_size, memory.available_memory())
     if about:
         warnings.warn(about, stacklevel=2)

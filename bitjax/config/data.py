@@ -11,8 +11,9 @@ from bitjax.config.fields import check_fields, require
 class DataConfig:
     """Where the tokens come from."""
 
-    text: str = ""  # path of a UTF-8 or binary file, read as bytes; empty: the packaged Shakespeare
-    valid_fraction: float = 0.1  # the last part of the text, never trained on
+    text: str = ""  # path of a UTF-8 or binary file, read as bytes, or of a corpus's folder; empty:
+    # the packaged Shakespeare
+    valid_fraction: float = 0.1  # the last part of a text, never trained on; a corpus has its own
 
     def __post_init__(self) -> None:
         check_fields(self)

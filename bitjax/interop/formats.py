@@ -110,6 +110,7 @@ def _open(path: Path, kind: Format, i2s_group: int | None) -> Checkpoint:
         from bitjax.interop.model_file import checkpoint_of
         from bitjax.train import Trainer
         from bitjax.train.checkpoint import read_run
+        from bitjax.train.source import read_tokenizer_file
 
         config, _, state = read_run(path)
         warmup = config.train.quantization_warmup_steps
@@ -118,7 +119,9 @@ def _open(path: Path, kind: Format, i2s_group: int | None) -> Checkpoint:
                 f"{path} is at step {int(state.step)} of train.quantization_warmup_steps={warmup}: "
                 "its weights are not wholly quantised yet; train on"
             )
-        return checkpoint_of(Trainer(config).model(state.params), str(path))
+        model = Trainer(config).model(state.params)
+        model.tokenizer = read_tokenizer_file(path)
+        return checkpoint_of(model, str(path))
     from bitjax.interop.model_file import read_model
 
     return read_model(path)

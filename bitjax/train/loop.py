@@ -3,6 +3,7 @@
 A run directory holds
 
     config.json          the whole configuration
+    tokenizer.json       of a corpus, unless its tokens are bytes
     metrics.jsonl        one JSON object per report (`bitjax.train.metrics`; losses in nats)
     tensorboard/         the same numbers, with `train.tensorboard`
     checkpoints/<step>/  by orbax
@@ -25,11 +26,12 @@ from pathlib import Path
 import numpy as np
 
 from bitjax.config import RunConfig, to_json
-from bitjax.train import data, flops
+from bitjax.train import flops
 from bitjax.train.checkpoint import Checkpoints, Position
 from bitjax.train.codes import CodeWatch, flip_rate, layer_sizes
 from bitjax.train.metrics import MetricsWriter, Report, write_atomically
 from bitjax.train.signals import SignalFlag
+from bitjax.train.source import TOKENIZER, Source, open_source, tokenizer_file
 from bitjax.train.step import Metrics, Trainer, TrainState
 
 VALID_WINDOWS = 64  # windows of the quick validation loss during training
@@ -60,28 +62,27 @@ def train(
         The final state; `Trainer(config).model(state.params)` is the model.
 
     Raises:
-        ValueError: a text too short, a vocabulary without all bytes, or a directory that holds
+        ValueError: data too short, a vocabulary without all its tokens, or a directory that holds
             another run, or checkpoints of which none is whole.
         OSError: the disk is full; every finished checkpoint is whole.
         Interrupted: SIGINT or SIGTERM arrived; the state was saved.
         Diverged: the loss is no longer finite, or jumped, and `train.on_spike` says to stop.
     """
-    text = data.load_text(config.data)
-    data.require_length(text, config.train.seq_len)
-    if config.model.vocab_size < 256:
-        raise ValueError(f"model.vocab_size={config.model.vocab_size}; byte tokens need 256")
+    source = open_source(config)
     trainer = Trainer(config)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot make the folder {directory}: {error.strerror}") from None
     try:
-        with Checkpoints(directory, config, text.sha256) as checkpoints, SignalFlag() as stop:
+        with Checkpoints(directory, config, source.identity) as checkpoints, SignalFlag() as stop:
             state, position = checkpoints.restore(trainer) or (trainer.init(), Position())
             write_atomically(directory / "config.json", to_json(config) + "\n")
+            if (tokenizer := tokenizer_file(source.tokenizer)) is not None:
+                write_atomically(directory / TOKENIZER, tokenizer)
             step = int(state.step)
             with MetricsWriter(directory, step, config.train.tensorboard) as writer:
-                run = _Run(trainer, text, checkpoints, writer, on_report)
+                run = _Run(trainer, source, checkpoints, writer, on_report)
                 return run.go(state, position, stop)
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -98,15 +99,15 @@ class _Run:
     def __init__(
         self,
         trainer: Trainer,
-        text: data.Text,
+        source: Source,
         checkpoints: Checkpoints,
         writer: MetricsWriter,
         on_report: Callable[[Report], None],
     ) -> None:
         self._trainer = trainer
         self._config = trainer.config.train
-        self._text = text
-        self._valid = data.windows(text.valid, self._config.seq_len, VALID_WINDOWS)
+        self._source = source
+        self._valid = source.valid(VALID_WINDOWS)
         self._checkpoints = checkpoints
         self._writer = writer
         self._on_report = on_report
@@ -125,10 +126,7 @@ class _Run:
             self._codes = CodeWatch(self._trainer.model, state.params)
         self._clock = time.perf_counter()
         while step < config.steps:
-            tokens = data.batch(
-                self._text.train, step + position.moved, config.seed, config.batch_size,
-                config.seq_len,
-            )  # fmt: skip
+            tokens = self._source.batch(step + position.moved)
             state, metrics = self._trainer.step(state, tokens)
             self._pending.append(metrics)
             step, last = step + 1, step + 1 == config.steps
