@@ -116,10 +116,7 @@ def require_packable(what: str, config: ModelConfig) -> None:
     if setting is not None:
         raise ValueError(f"{what} has {setting}, which packed layers cannot express")
     if config.weights not in WEIGHT_QUANTIZERS:
-        raise ValueError(
-            f"{what} has {config.weights} weights; only {' and '.join(WEIGHT_QUANTIZERS)} can be "
-            "packed"
-        )
+        raise ValueError(f"{what} has {config.weights} weights; only quantised ones can be packed")
 
 
 def require_zeros(config: ModelConfig) -> None:

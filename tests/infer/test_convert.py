@@ -274,7 +274,7 @@ def test_float32_tables_and_two_bits_by_default():
 def test_a_full_precision_model_is_refused():
     model = tiny_model(num_layers=1, weights="float", activations="float")
     with pytest.raises(
-        ValueError, match=r"^this model has float weights; only ternary and binary can be packed$"
+        ValueError, match=r"^this model has float weights; only quantised ones can be packed$"
     ):
         pack_model(model)
 

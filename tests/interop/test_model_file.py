@@ -216,7 +216,7 @@ def replaced(name, value, **changes):
         (replaced("blocks.0.ffn.up", Ternary(np.ones((24, 32), np.int8), np.array(1.0))),
          {"as_float": True}, r"^there: blocks\.0\.ffn\.up is ternary already; there are no float"),
         (replaced("norm", np.ones(32, np.float32), weights="float"), {},
-         "^there has float weights; only ternary and binary can be packed$"),
+         "^there has float weights; only quantised ones can be packed$"),
         (replaced("blocks.0.attention.k.norm", np.zeros(32, np.float32), inner_norm=True), {},
          r"^there: the norms of blocks\.0\.attention\.q, .* differ; with inner_norm they are one$"),
         (replaced("norm", np.ones(32, np.float32)), {"layer_layouts": [("x", "ternary2")]},

@@ -89,10 +89,10 @@ def test_a_spiked_step_changes_no_weight_and_no_moment_but_the_counters(config):
 class PoisonedTrainer(Trainer):
     """Its loss and gradients are NaN on a batch of zeros, which the text does not have."""
 
-    def _gradients(self, params, batch):
+    def _gradients(self, params, batch, strength=None):
         bad = jnp.all(batch == 0)
         poison = lambda x: jnp.where(bad, jnp.nan, x)  # noqa: E731
-        return jax.tree.map(poison, super()._gradients(params, batch))
+        return jax.tree.map(poison, super()._gradients(params, batch, strength))
 
 
 @pytest.fixture
