@@ -36,7 +36,7 @@ UNUSUAL = RunConfig(
         weights="binary", activations="float", weight_scale="group", weight_group=8,
         hadamard=True, init_std=0.1,
     ),
-    DataConfig(text="a/ä \"quoted\" b.txt", valid_fraction=0.25),
+    DataConfig(text="a/ä \"quoted\" b.txt", documents="apart", valid_fraction=0.25),
     OptimizerConfig(
         learning_rate=0.1, stage_two_learning_rate=None, weight_decay=0.0,
         stage_two_weight_decay=None, stage_two_at=1.0, warmup_steps=0, b1=0.0, b2=0.5, eps=1e-6,
@@ -158,6 +158,7 @@ WRONG = {
     "WeightScale": (("column", None), "one of tensor, row, group"),
     "ActivationQuantizer": (("int2", None), "one of int8, int4, float"),
     'Literal["silu", "relu2"]': (("gelu", None), "one of silu, relu2"),
+    'Literal["joined", "apart"]': (("mixed", None), "one of joined, apart"),
     'Literal["stop", "skip", "rewind"]': (("pray", None), "one of stop, skip, rewind"),
     'Literal["none", "linear", "llama3"]': (("yarn", None), "one of none, linear, llama3"),
     "RopeScaling": (({}, None, ModelConfig()), "of type RopeScaling"),

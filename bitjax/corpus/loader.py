@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,19 +26,18 @@ from bitjax.corpus.store import Part
 from bitjax.corpus.streams import require_package
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Rows of one process.
+class Batch(NamedTuple):
+    """Rows of one process; a pytree.
 
     Attributes:
         tokens: int32 `[B / P, T + 1]`, inputs and next tokens.
-        segments: int32, of the same shape, the document of each token counted from 1 in its row:
-            attention between tokens of different segments is none where documents are kept apart.
-            None where they are not.
+        segments: int32, of the same shape, the document of each token counted from 1 in its row,
+            where documents are kept apart: a token then attends to its own document only, and no
+            document's first token is predicted. None where they are not.
     """
 
     tokens: np.ndarray
-    segments: np.ndarray | None
+    segments: np.ndarray | None = None
 
 
 class Loader:
@@ -114,11 +113,12 @@ class Loader:
         return Batch(tokens, segments)
 
 
-def spread(part: Part, seq_len: int, limit: int) -> np.ndarray:
-    """Up to `limit` windows spread evenly over a part: int32 `[n, seq_len + 1]`."""
+def spread(part: Part, seq_len: int, limit: int, apart: bool = False) -> Batch:
+    """Up to `limit` windows spread evenly over a part: `[n, seq_len + 1]`."""
     count = min(limit, (part.tokens - 1) // seq_len)
     starts = np.linspace(0, part.tokens - seq_len - 1, count).astype(np.int64)
-    return part.windows(starts, seq_len + 1)
+    segments = part.segments(starts, seq_len + 1) if apart else None
+    return Batch(part.windows(starts, seq_len + 1), segments)
 
 
 def _check(

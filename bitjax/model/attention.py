@@ -67,6 +67,7 @@ class Attention(nnx.Module):
         norm: RMSNorm | None,
         positions_BxT: jax.Array,
         cache: KVCache | None = None,
+        segments_BxT: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Attend to positions up to each token's own.
 
@@ -75,6 +76,7 @@ class Attention(nnx.Module):
             norm: applied to the inputs first, but not to the residual.
             positions_BxT: int32, each token's position; without a cache they must be 0..T-1.
             cache: earlier keys and values; the new ones are written to it before attention.
+            segments_BxT: int32, without a cache: a token attends to its own segment only.
 
         Returns:
             `[B, T, D]`, the residual included, and the updated cache (None without one).
@@ -89,7 +91,7 @@ class Attention(nnx.Module):
             turned = reference.rotate(qkv_BxTxNxh[:, :, : H + G], turn_BxTxh)
             q, k = jnp.split(turned.astype(qkv_BxTxNxh.dtype), [H], axis=2)
             k, v = k.transpose(0, 2, 1, 3), qkv_BxTxNxh[:, :, H + G :].transpose(0, 2, 1, 3)
-            mixed = reference.attend(q, k, v, positions_BxT)
+            mixed = reference.attend(q, k, v, positions_BxT, segments_BxT)
         else:
             mixed, *arrays = ops.cached_attention(
                 qkv_BxTxNxh, turn_BxTxh, positions_BxT, *cache.arrays,

@@ -45,10 +45,16 @@ class Block(nnx.Module):
         self.ffn = FeedForward(config, rngs=rngs)
 
     def __call__(
-        self, x_BxTxD: jax.Array, positions_BxT: jax.Array, cache: KVCache | None
+        self,
+        x_BxTxD: jax.Array,
+        positions_BxT: jax.Array,
+        cache: KVCache | None,
+        segments_BxT: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Returns `[B, T, D]` and the updated cache."""
-        x_BxTxD, cache = self.attention(x_BxTxD, self.attention_norm, positions_BxT, cache)
+        x_BxTxD, cache = self.attention(
+            x_BxTxD, self.attention_norm, positions_BxT, cache, segments_BxT
+        )
         return self.ffn(x_BxTxD, self.ffn_norm), cache
 
 
@@ -82,16 +88,26 @@ class Transformer(nnx.Module):
         self.screen: nnx.Param | None = nnx.data(None)  # of the head: a `Screen`
         _keep_float(self)
 
-    def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
-        """Float32 logits `[B, T, V]` of the token after each position, without a cache."""
+    def __call__(self, tokens_BxT: jax.Array, segments_BxT: jax.Array | None = None) -> jax.Array:
+        """Float32 logits `[B, T, V]` of the token after each position, without a cache.
+
+        With segments (int32, the document of each token) a token sees its own document only;
+        rotary positions, which attention takes differences of, count on.
+        """
         positions_BxT = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)
-        hidden_BxTxD, _ = self.extend(tokens_BxT, positions_BxT, None)
+        hidden_BxTxD, _ = self.extend(tokens_BxT, positions_BxT, None, segments_BxT)
         return self.logits(hidden_BxTxD)
 
     def extend(
-        self, tokens_BxT: jax.Array, positions_BxT: jax.Array, cache: Cache | None
+        self,
+        tokens_BxT: jax.Array,
+        positions_BxT: jax.Array,
+        cache: Cache | None,
+        segments_BxT: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Run tokens at the given positions, reading and extending the cache.
+
+        Segments, see `__call__`, are for running without one.
 
         Returns:
             Final normed hidden states `[B, T, D]` and the updated cache.
@@ -111,7 +127,7 @@ class Transformer(nnx.Module):
         updated: list[KVCache] = []
         for i, block in enumerate(self.blocks):
             if cache is None:
-                x_BxTxD, _ = block(x_BxTxD, positions_BxT, None)
+                x_BxTxD, _ = block(x_BxTxD, positions_BxT, None, segments_BxT)
             else:
                 x_BxTxD, layer_cache = _cached(*nnx.split(block), x_BxTxD, positions_BxT, cache[i])
                 updated.append(layer_cache)

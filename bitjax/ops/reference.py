@@ -166,9 +166,15 @@ def rotate(x_BxTxNxh: jax.Array, turn_BxTxh: jax.Array) -> jax.Array:
 
 
 def attend(
-    q_BxTxHxh: jax.Array, k_BxGxSxh: jax.Array, v_BxGxSxh: jax.Array, positions_BxT: jax.Array
+    q_BxTxHxh: jax.Array,
+    k_BxGxSxh: jax.Array,
+    v_BxGxSxh: jax.Array,
+    positions_BxT: jax.Array,
+    segments_BxT: jax.Array | None = None,
 ) -> jax.Array:
     """`softmax(q k^T / sqrt(h)) v` over key slots 0..position; returns `[B, T, H * h]`.
+
+    With segments, of as many slots as queries, over those of a query's own segment only.
 
     Heads lead in every product, and the queries of a group are rows of one matrix: on CPU, XLA
     then makes plain matrix products of them (2.6 times as fast, with gradients, as heads last).
@@ -178,6 +184,8 @@ def attend(
     q = (q_BxTxHxh * h**-0.5).transpose(0, 2, 1, 3).reshape(B, G, H // G * T, h)
     scores = jnp.einsum("BGQh,BGSh->BGQS", q, k_BxGxSxh, preferred_element_type=jnp.float32)
     visible_BxTxS = jnp.arange(S)[None, None, :] <= positions_BxT[:, :, None]
+    if segments_BxT is not None:
+        visible_BxTxS &= segments_BxT[:, :, None] == segments_BxT[:, None, :]
     scores = scores.reshape(B, H, T, S)
     weights = jax.nn.softmax(jnp.where(visible_BxTxS[:, None], scores, -jnp.inf), axis=-1)
     weights = weights.astype(v_BxGxSxh.dtype).reshape(B, G, H // G * T, S)

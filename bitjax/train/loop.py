@@ -23,16 +23,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
+import jax
 
 from bitjax.config import RunConfig, to_json
+from bitjax.corpus.loader import Batch
 from bitjax.train import flops
 from bitjax.train.checkpoint import Checkpoints, Position
 from bitjax.train.codes import CodeWatch, flip_rate, layer_sizes
 from bitjax.train.metrics import MetricsWriter, Report, write_atomically
 from bitjax.train.signals import SignalFlag
 from bitjax.train.source import TOKENIZER, Source, open_source, tokenizer_file
-from bitjax.train.step import Metrics, Trainer, TrainState
+from bitjax.train.step import Metrics, Trainer, TrainState, predictions
 
 VALID_WINDOWS = 64  # windows of the quick validation loss during training
 
@@ -126,8 +127,8 @@ class _Run:
             self._codes = CodeWatch(self._trainer.model, state.params)
         self._clock = time.perf_counter()
         while step < config.steps:
-            tokens = self._source.batch(step + position.moved)
-            state, metrics = self._trainer.step(state, tokens)
+            batch = self._source.batch(step + position.moved)
+            state, metrics = self._trainer.step(state, batch)
             self._pending.append(metrics)
             step, last = step + 1, step + 1 == config.steps
             evaluate = last or bool(config.eval_every and step % config.eval_every == 0)
@@ -260,11 +261,13 @@ def _require_finite(pending: list[Metrics], step: int) -> None:
             )
 
 
-def validation_loss(trainer: Trainer, state: TrainState, windows: np.ndarray) -> float:
-    """Mean loss in nats per token over int32 windows `[n, T + 1]`."""
+def validation_loss(trainer: Trainer, state: TrainState, windows: Batch) -> float:
+    """Mean loss in nats per predicted token over windows `[n, T + 1]`."""
     size = trainer.config.train.batch_size
-    losses = [
-        float(trainer.loss(state.params, windows[i : i + size])) * len(windows[i : i + size])
-        for i in range(0, len(windows), size)
-    ]
-    return sum(losses) / len(windows)
+    total, count = 0.0, 0
+    for first in range(0, len(windows.tokens), size):
+        part = jax.tree.map(lambda x, first=first: x[first : first + size], windows)
+        predicted = int(predictions(part))
+        total += float(trainer.loss(state.params, part)) * predicted
+        count += predicted
+    return total / max(count, 1)

@@ -10,10 +10,8 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from bitjax.config import RunConfig
-from bitjax.corpus.loader import Loader, spread
+from bitjax.corpus.loader import Batch, Loader, spread
 from bitjax.corpus.store import Corpus, describe_tokenizer, is_corpus, restore_tokenizer
 from bitjax.tokenizer import BYTES, Tokenizer
 from bitjax.train import data
@@ -34,11 +32,11 @@ class Source(Protocol):
     identity: str
     tokenizer: Tokenizer
 
-    def batch(self, step: int) -> np.ndarray:
-        """The batch of one step: int32 `[batch_size, seq_len + 1]`."""
+    def batch(self, step: int) -> Batch:
+        """The batch of one step: `[batch_size, seq_len + 1]`."""
 
-    def valid(self, limit: int) -> np.ndarray:
-        """Up to `limit` windows spread over the held-out part: int32 `[n, seq_len + 1]`."""
+    def valid(self, limit: int) -> Batch:
+        """Up to `limit` windows spread over the held-out part: `[n, seq_len + 1]`."""
 
 
 class TextSource:
@@ -51,14 +49,16 @@ class TextSource:
         data.require_length(self._text, config.train.seq_len)
         self.name, self.identity = self._text.name, self._text.sha256
 
-    def batch(self, step: int) -> np.ndarray:
+    def batch(self, step: int) -> Batch:
         """See `Source`."""
         train = self._train
-        return data.batch(self._text.train, step, train.seed, train.batch_size, train.seq_len)
+        return Batch(
+            data.batch(self._text.train, step, train.seed, train.batch_size, train.seq_len)
+        )
 
-    def valid(self, limit: int) -> np.ndarray:
+    def valid(self, limit: int) -> Batch:
         """See `Source`."""
-        return data.windows(self._text.valid, self._train.seq_len, limit)
+        return Batch(data.windows(self._text.valid, self._train.seq_len, limit))
 
 
 class CorpusSource:
@@ -71,19 +71,22 @@ class CorpusSource:
                 f"{config.data.text} holds out {corpus.valid.tokens} tokens; sequences of "
                 f"{train.seq_len} need {train.seq_len + 1}: build it with a larger --valid-fraction"
             )
-        self._loader = Loader([corpus.train], train.seq_len, train.batch_size, train.seed)
+        self._apart = config.data.documents == "apart"
+        self._loader = Loader(
+            [corpus.train], train.seq_len, train.batch_size, train.seed, apart=self._apart
+        )
         self._valid, self._seq_len = corpus.valid, train.seq_len
         self.name, self.tokenizer = config.data.text, corpus.tokenizer
         both = f"{self._loader.identity} {corpus.valid.identity}"
         self.identity = hashlib.sha256(both.encode()).hexdigest()
 
-    def batch(self, step: int) -> np.ndarray:
+    def batch(self, step: int) -> Batch:
         """See `Source`."""
-        return self._loader.batch(step).tokens
+        return self._loader.batch(step)
 
-    def valid(self, limit: int) -> np.ndarray:
+    def valid(self, limit: int) -> Batch:
         """See `Source`."""
-        return spread(self._valid, self._seq_len, limit)
+        return spread(self._valid, self._seq_len, limit, self._apart)
 
 
 def open_source(config: RunConfig) -> Source:
@@ -94,6 +97,11 @@ def open_source(config: RunConfig) -> Source:
         ValueError: it cannot be read or is too short, or its tokens exceed the model's vocabulary.
     """
     corpus = bool(config.data.text) and is_corpus(Path(config.data.text))
+    if config.data.documents == "apart" and not corpus:
+        raise ValueError(
+            "data.documents=apart needs a corpus, which knows where documents end; "
+            f"data.text={config.data.text!r} is none"
+        )
     source: Source = CorpusSource(config) if corpus else TextSource(config)
     size = source.tokenizer.vocab_size
     if config.model.vocab_size < size:

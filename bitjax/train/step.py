@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 
 from bitjax.config import RunConfig
+from bitjax.corpus.loader import Batch
 from bitjax.model import Transformer, abstract_model, bit_linears
 from bitjax.train import spikes
 from bitjax.train.optimizer import learning_rate, make_optimizer
@@ -38,9 +39,28 @@ class TrainState:
     guard: spikes.Guard | None = None
 
 
-def cross_entropy(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
-    """Mean next-token cross-entropy in nats, float32."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BxTxV, targets_BxT).mean()
+def cross_entropy(
+    logits_BxTxV: jax.Array, targets_BxT: jax.Array, counted_BxT: jax.Array | None = None
+) -> jax.Array:
+    """Mean next-token cross-entropy in nats, float32, over all targets or those that count."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits_BxTxV, targets_BxT)
+    if counted_BxT is None:
+        return losses.mean()
+    return losses.sum(where=counted_BxT) / jnp.maximum(counted_BxT.sum(), 1)
+
+
+def predicted(batch: Batch) -> jax.Array | None:
+    """Bool `[B, T]`, which next tokens are of the same document; None if all count."""
+    if batch.segments is None:
+        return None
+    segments = jnp.asarray(batch.segments)
+    return segments[:, 1:] == segments[:, :-1]
+
+
+def predictions(batch: Batch) -> jax.Array | int:
+    """How many next tokens count."""
+    counted = predicted(batch)
+    return batch.tokens[:, 1:].size if counted is None else counted.sum()
 
 
 def quantization_strength(step: jax.typing.ArrayLike, warmup_steps: int) -> jax.Array:
@@ -59,10 +79,10 @@ class Trainer:
         self.graph = nnx.graphdef(abstract_model(config.model, config.train.compute_dtype))
         self.optimizer = make_optimizer(config.optimizer, config.train.steps)
         self.learning_rate = learning_rate(config.optimizer, config.train.steps)
-        self.step: Callable[[TrainState, jax.typing.ArrayLike], tuple[TrainState, Metrics]] = (
-            jax.jit(self._step, donate_argnums=0)
+        self.step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]] = jax.jit(
+            self._step, donate_argnums=0
         )
-        self.loss: Callable[[Params, jax.typing.ArrayLike], jax.Array] = jax.jit(self._loss)
+        self.loss: Callable[[Params, Batch], jax.Array] = jax.jit(self._loss)
 
     def init(self) -> TrainState:
         """The state before the first step, a function of the seed alone."""
@@ -77,37 +97,38 @@ class Trainer:
         """The model with these parameters."""
         return nnx.merge(self.graph, params)
 
-    def _loss(
-        self, params: Params, batch_BxT1: jax.Array, strength: jax.Array | None = None
-    ) -> jax.Array:
+    def _loss(self, params: Params, batch: Batch, strength: jax.Array | None = None) -> jax.Array:
         """With `strength` of the quantisation; without, that of the finished model."""
         model = self.model(params)
         if strength is not None:
             for _, layer in bit_linears(model):
                 layer.strength = strength
-        logits = model(batch_BxT1[:, :-1])
-        return cross_entropy(logits, batch_BxT1[:, 1:])
+        tokens = jnp.asarray(batch.tokens)
+        segments = None if batch.segments is None else jnp.asarray(batch.segments)[:, :-1]
+        logits = model(tokens[:, :-1], segments)
+        return cross_entropy(logits, tokens[:, 1:], predicted(batch))
 
     def _gradients(
-        self, params: Params, batch_BxT1: jax.Array, strength: jax.Array | None = None
+        self, params: Params, batch: Batch, strength: jax.Array | None = None
     ) -> tuple[jax.Array, Params]:
         """Loss and gradients of the whole batch, in `accumulate` equal parts."""
         parts = self.config.train.accumulate
         if parts == 1:
-            return jax.value_and_grad(self._loss)(params, batch_BxT1, strength)
+            return jax.value_and_grad(self._loss)(params, batch, strength)
 
-        def add(total: Any, part: jax.Array) -> tuple[Any, None]:
+        def add(total: Any, part: Batch) -> tuple[Any, None]:
             found = jax.value_and_grad(self._loss)(params, part, strength)
-            return jax.tree.map(jnp.add, total, found), None
+            share = predictions(part) / predictions(batch)
+            return jax.tree.map(lambda sum_, x: sum_ + x * share, total, found), None
 
         zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-        total, _ = jax.lax.scan(add, zeros, batch_BxT1.reshape(parts, -1, batch_BxT1.shape[1]))
-        return jax.tree.map(lambda x: x / parts, total)
+        cut = jax.tree.map(lambda x: x.reshape(parts, -1, x.shape[1]), batch)
+        return jax.lax.scan(add, zeros, cut)[0]
 
-    def _step(self, state: TrainState, batch_BxT1: jax.Array) -> tuple[TrainState, Metrics]:
+    def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         warmup = self.config.train.quantization_warmup_steps
         strength = quantization_strength(state.step, warmup) if warmup else None
-        loss, gradients = self._gradients(state.params, batch_BxT1, strength)
+        loss, gradients = self._gradients(state.params, batch, strength)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {

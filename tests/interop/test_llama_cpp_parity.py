@@ -250,6 +250,7 @@ def trained():
     BITJAX_TEST_RUN names a run directory, e.g. of `bitjax train configs/shakespeare.py` with
     model.hidden_size=256, model.intermediate_size=512, num_heads=4, head_dim=64, activation=silu.
     """
+    from bitjax.train import Batch
     from bitjax.train.checkpoint import read_run
     from bitjax.train.data import batch, load_text
     from bitjax.train.step import Trainer
@@ -273,7 +274,7 @@ def trained():
     trainer, text = Trainer(config), load_text(config.data)
     state = trainer.init()
     for step in range(60):
-        state, _ = trainer.step(state, batch(text.train, step, 0, 8, 48))
+        state, _ = trainer.step(state, Batch(batch(text.train, step, 0, 8, 48)))
     return nnx.merge(trainer.graph, state.params)
 
 

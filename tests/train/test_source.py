@@ -48,10 +48,11 @@ def test_batches_are_the_loaders(made, config):
     corpus, source = Corpus(made[0]), open_source(config)
     wanted = Loader([corpus.train], 8, 2, seed=0)
     for step in (0, 1, 99):
-        np.testing.assert_array_equal(source.batch(step), wanted.batch(step).tokens)
+        np.testing.assert_array_equal(source.batch(step).tokens, wanted.batch(step).tokens)
+        assert source.batch(step).segments is None
     held_out = corpus.valid.windows(np.array([0]), corpus.valid.tokens)[0]
     windows = np.lib.stride_tricks.sliding_window_view(held_out, 9)
-    valid = source.valid(5)
+    valid = source.valid(5).tokens
     assert valid.shape == (5, 9)
     assert all((windows == row).all(axis=1).any() for row in valid)
     assert source.identity != open_source(override(config, ["train.seed=1"])).identity
@@ -60,9 +61,26 @@ def test_batches_are_the_loaders(made, config):
 def test_batches_of_a_text_are_those_of_its_bytes(config):
     config = override(config, ["data.text="])
     source, text = open_source(config), data.load_text(config.data)
-    np.testing.assert_array_equal(source.batch(3), data.batch(text.train, 3, 0, 2, 8))
-    np.testing.assert_array_equal(source.valid(4), data.windows(text.valid, 8, 4))
+    np.testing.assert_array_equal(source.batch(3).tokens, data.batch(text.train, 3, 0, 2, 8))
+    np.testing.assert_array_equal(source.valid(4).tokens, data.windows(text.valid, 8, 4))
     assert source.identity == text.sha256
+
+
+def test_documents_apart(made, config, tmp_path):
+    apart = override(config, ["data.documents=apart"])
+    source, corpus = open_source(apart), Corpus(made[0])
+    stop = made[1].stop[0]
+    for batch in (source.batch(1), source.valid(6)):
+        ends = np.cumsum(batch.tokens == stop, axis=1)  # a document's last token is the stop token
+        wanted = 1 + np.pad(ends, ((0, 0), (1, 0)))[:, :-1]
+        np.testing.assert_array_equal(batch.segments, wanted)
+    assert source.identity != open_source(config).identity
+    assert (open_source(apart).valid(6).segments > 1).any()
+    assert corpus.train.tokens > 0
+    state = train(apart, tmp_path / "run")
+    assert int(state.step) == 2
+    with pytest.raises(ValueError, match=r"documents=apart needs a corpus.*data\.text='' is none"):
+        open_source(override(apart, ["data.text="]))
 
 
 def test_the_tokenizer_goes_with_the_run_and_what_is_made_of_it(made, run, tmp_path):

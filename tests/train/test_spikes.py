@@ -10,7 +10,7 @@ import pytest
 from tiny import tiny_config
 
 from bitjax.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig, override
-from bitjax.train import Diverged, Trainer, data, read_metrics, spikes, train
+from bitjax.train import Batch, Diverged, Trainer, data, read_metrics, spikes, train
 from bitjax.train.checkpoint import read_run
 
 NAN = float("nan")
@@ -67,14 +67,14 @@ TIGHT = ["train.on_spike=stop", "train.spike_factor=1.0001", "train.spike_window
 
 def test_a_spiked_step_changes_no_weight_and_no_moment_but_the_counters(config):
     trainer = Trainer(override(config, TIGHT))
-    tokens = np.random.default_rng(1).integers(97, 110, (2, 9)).astype(np.int32)
+    batch = Batch(np.random.default_rng(1).integers(97, 110, (2, 9)).astype(np.int32))
     state = trainer.init()
     for _ in range(2):  # the window; nothing is judged before it is full
-        state, metrics = trainer.step(state, tokens)
+        state, metrics = trainer.step(state, batch)
         assert int(metrics["spikes_in_a_row"]) == 0
     before = jax.tree.map(np.array, state)
     guard = spikes.Guard(state.guard.losses * 1e-3, *list(vars(state.guard).values())[1:])
-    after, metrics = trainer.step(type(state)(**(vars(state) | {"guard": guard})), tokens)
+    after, metrics = trainer.step(type(state)(**(vars(state) | {"guard": guard})), batch)
     assert int(metrics["spikes_in_a_row"]) == 1
     assert int(after.step) == 3
     for a, b in zip(
@@ -90,7 +90,7 @@ class PoisonedTrainer(Trainer):
     """Its loss and gradients are NaN on a batch of zeros, which the text does not have."""
 
     def _gradients(self, params, batch, strength=None):
-        bad = jnp.all(batch == 0)
+        bad = jnp.all(batch.tokens == 0)
         poison = lambda x: jnp.where(bad, jnp.nan, x)  # noqa: E731
         return jax.tree.map(poison, super()._gradients(params, batch, strength))
 

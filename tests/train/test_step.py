@@ -7,8 +7,8 @@ import pytest
 from tiny import tiny_config
 
 from bitjax.config import OptimizerConfig, RunConfig, TrainConfig
-from bitjax.train import Trainer, cross_entropy
-from bitjax.train.step import quantization_strength
+from bitjax.train import Batch, Trainer, cross_entropy
+from bitjax.train.step import predictions, quantization_strength
 
 
 def config(**train):
@@ -20,7 +20,9 @@ def config(**train):
     )
 
 
-BATCH = np.random.default_rng(0).integers(0, 32, (4, 9)).astype(np.int32)
+BATCH = Batch(np.random.default_rng(0).integers(0, 32, (4, 9)).astype(np.int32))
+# Rows of one, two and three documents; the last one's is as long as the row is not.
+SEGMENTS = np.array([[1] * 9, [1] * 4 + [2] * 5, [1] * 2 + [2] * 6 + [3], [1] + [2] * 8], np.int32)
 
 
 def test_cross_entropy_is_the_mean_negative_log_likelihood():
@@ -50,15 +52,36 @@ def test_steps_overfit_one_batch():
     assert int(state.step) == 60
 
 
-def test_accumulated_gradients_equal_the_whole_batch():
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["joined", "apart"])
+def test_accumulated_gradients_equal_the_whole_batch(segments):
     whole, parts = Trainer(config()), Trainer(config(accumulate=4))
-    state = whole.init()
-    loss, gradients = jax.jit(whole._gradients)(state.params, BATCH)
-    loss_parts, gradients_parts = jax.jit(parts._gradients)(state.params, BATCH)
+    state, batch = whole.init(), Batch(BATCH.tokens, segments)
+    loss, gradients = jax.jit(whole._gradients)(state.params, batch)
+    loss_parts, gradients_parts = jax.jit(parts._gradients)(state.params, batch)
     assert float(loss) == pytest.approx(float(loss_parts), rel=1e-6)
     for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(gradients_parts), strict=True):
         # Four partial sums in another order, on gradients of order 0.1.
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-6)
+
+
+def test_documents_apart_are_as_alone():
+    """With float activations: a shifted position turns keys and queries by other angles, whose
+    difference is the same but for float32's rounding, some 1e-6 of logits of order 1."""
+    model = tiny_config(vocab_size=32, activations="float")
+    trainer = Trainer(dataclasses.replace(config(), model=model))
+    params = trainer.init().params
+    found = float(trainer.loss(params, Batch(BATCH.tokens, SEGMENTS)))
+    total, count = 0.0, 0
+    for row, segments in zip(BATCH.tokens, SEGMENTS, strict=True):
+        for document in np.unique(segments):
+            tokens = row[segments == document][None]
+            if tokens.shape[1] > 1:
+                n = tokens.shape[1] - 1
+                total += float(trainer.loss(params, Batch(tokens))) * n
+                count += n
+    assert count == int(predictions(Batch(BATCH.tokens, SEGMENTS))) == 8 + 7 + 6 + 7
+    assert found == pytest.approx(total / count, rel=1e-5)
+    assert found != pytest.approx(float(trainer.loss(params, BATCH)), rel=1e-3)
 
 
 def test_state_is_donated_and_compiled_once():
@@ -96,7 +119,7 @@ def test_twin_differs_in_number_formats_alone():
 def test_lowers_for_cuda_without_a_cpu_custom_call():
     trainer = Trainer(config())
     state = jax.eval_shape(trainer.init)
-    batch = jax.ShapeDtypeStruct(BATCH.shape, BATCH.dtype)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), BATCH)
     text = trainer.step.trace(state, batch).lower(lowering_platforms=("cuda",)).as_text()
     assert "bitjax" not in text
     assert "dot_general" in text
