@@ -8,6 +8,7 @@ import pytest
 
 from bitjax.config import (
     DataConfig,
+    MeshConfig,
     ModelConfig,
     OptimizerConfig,
     RopeScaling,
@@ -25,6 +26,7 @@ SECTIONS = {
     "optimizer": OptimizerConfig,
     "train": TrainConfig,
     "rope_scaling": RopeScaling,
+    "mesh": MeshConfig,
 }
 # Every field away from its default, so that a field lost on the way is noticed.
 UNUSUAL = RunConfig(
@@ -47,8 +49,9 @@ UNUSUAL = RunConfig(
         log_every=2, eval_every=0, checkpoint_every=3, keep_checkpoints=1, keep_best=False,
         on_spike="skip", spike_factor=9.5, spike_window=7, spike_limit=3,
         log_codes=False, tensorboard=True, peak_gflops=50.5,
-        quantization_warmup_steps=4,
+        quantization_warmup_steps=4, remat=True,
     ),
+    MeshConfig(data=3, fsdp=2, tensor=5),
 )  # fmt: skip
 # And the one that no configuration may have beside inner_norm.
 NORMS = dataclasses.replace(
@@ -116,7 +119,7 @@ def test_json_errors(text, message):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"modle": {}}, "unknown setting modle; RunConfig has model, data, optimizer, train$"),
+        ({"modle": {}}, "unknown setting modle; RunConfig has model, data, optimizer, train, mesh$"),
         ({"model": {"depth": 2}}, "unknown setting model.depth; model has vocab_size, "),
         ({"train": 5}, "train is not an object of settings: 5"),
         ({"train": None}, "train is not an object of settings: None"),

@@ -12,6 +12,7 @@ the code (`x_BxTxD`):
 from bitjax.config.corpus import CorpusConfig
 from bitjax.config.data import DataConfig
 from bitjax.config.fields import from_dict, from_json, override, to_json
+from bitjax.config.mesh import MeshConfig
 from bitjax.config.model import (
     ActivationQuantizer,
     CacheDType,
@@ -26,7 +27,7 @@ from bitjax.config.train import WATCHING, TrainConfig
 
 __all__ = [
     "WATCHING", "ActivationQuantizer", "CacheDType", "CorpusConfig", "DType", "DataConfig",
-    "ModelConfig",
+    "MeshConfig", "ModelConfig",
     "OptimizerConfig", "RopeScaling", "RunConfig", "TrainConfig", "WeightQuantizer", "from_dict",
     "from_json", "override", "to_json",
 ]  # fmt: skip

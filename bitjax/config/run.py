@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from bitjax.config.data import DataConfig
 from bitjax.config.fields import check_fields, require
+from bitjax.config.mesh import MeshConfig
 from bitjax.config.model import ModelConfig
 from bitjax.config.optimizer import OptimizerConfig
 from bitjax.config.train import TrainConfig
@@ -19,6 +20,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         check_fields(self)

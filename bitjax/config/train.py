@@ -9,7 +9,9 @@ from bitjax.config.fields import check_fields, require, require_positive
 from bitjax.config.model import DType
 
 # Settings that change nothing a run computes: they may differ from those it was started with.
-WATCHING = ("keep_checkpoints", "keep_best", "log_codes", "tensorboard", "peak_gflops")
+WATCHING = (
+    "keep_checkpoints", "keep_best", "log_codes", "tensorboard", "peak_gflops", "remat",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class TrainConfig:
     compute_dtype: DType = "float32"  # of activations; master weights are always float32
     quantization_warmup_steps: int = 0  # lambda grows from 0 to 1 over as many: x + lambda (q(x) -
     # x) for weights and activations, so that a full-precision model becomes a quantised one
+    remat: bool = False  # blocks are computed again backwards, instead of keeping what is in them
     seed: int = 0  # of initial weights and of the data order
     log_every: int = 10  # steps
     eval_every: int = 250  # steps; 0: only at the end

@@ -81,6 +81,7 @@ class Transformer(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.tokenizer: Tokenizer = BYTES  # of its tokens; the model itself needs none
         self.impl: ops.Impl = "auto"  # of a packed head's product
+        self.remat = False  # backwards, blocks are computed again: memory for a third more work
         self.embedding = nnx.Param(table())
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -126,7 +127,9 @@ class Transformer(nnx.Module):
         x_BxTxD = _look_up(self.embedding.get_value(), tokens_BxT).astype(self.dtype)
         updated: list[KVCache] = []
         for i, block in enumerate(self.blocks):
-            if cache is None:
+            if cache is None and self.remat:
+                x_BxTxD = _rematerialized(block, x_BxTxD, positions_BxT, segments_BxT)
+            elif cache is None:
                 x_BxTxD, _ = block(x_BxTxD, positions_BxT, None, segments_BxT)
             else:
                 x_BxTxD, layer_cache = _cached(*nnx.split(block), x_BxTxD, positions_BxT, cache[i])
@@ -170,6 +173,19 @@ def _cached(
 ) -> tuple[jax.Array, KVCache]:
     """A block with a cache: traced and lowered once for all that are alike; XLA inlines it."""
     return nnx.merge(graph, params)(x_BxTxD, positions_BxT, cache)
+
+
+def _rematerialized(
+    block: Block, x_BxTxD: jax.Array, positions_BxT: jax.Array, segments_BxT: jax.Array | None
+) -> jax.Array:
+    """A block of which only the input is kept for the backward pass (arXiv 1604.06174)."""
+    graph, params = nnx.split(block)
+
+    @jax.checkpoint
+    def run(params: nnx.State, x_BxTxD: jax.Array) -> jax.Array:
+        return nnx.merge(graph, params)(x_BxTxD, positions_BxT, None, segments_BxT)[0]
+
+    return run(params, x_BxTxD)
 
 
 def _look_up(table: jax.Array | PackedWeights, tokens: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ import warnings
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from bitjax.config import WATCHING, RunConfig, from_json, to_json
+from bitjax.config import WATCHING, MeshConfig, RunConfig, from_json, to_json
 from bitjax.train.step import Trainer, TrainState
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders that are no whole checkpoints
@@ -167,7 +167,7 @@ class Checkpoints:
                 f"{self.folder} holds a run on another version of the training text; "
                 "restore that text or use another directory"
             )
-        state = _read_state(self.folder, step, jax.eval_shape(trainer.init))
+        state = trainer.place(_read_state(self.folder, step, jax.eval_shape(trainer.init)))
         return state, Position(**about.get("position", {}))
 
     def _put_aside(self, step: int) -> Path:
@@ -214,6 +214,9 @@ class Checkpoints:
 def read_run(directory: Path, step: int | None = None) -> tuple[RunConfig, int, TrainState]:
     """Load a finished or interrupted run: its configuration, step and state (newest by default).
 
+    All on one device, which is what the configuration then says: the mesh of a run is not needed to
+    read it.
+
     Raises:
         ValueError: the directory holds no checkpoint, or one that cannot be read.
     """
@@ -227,7 +230,7 @@ def read_run(directory: Path, step: int | None = None) -> tuple[RunConfig, int, 
     if step not in steps:
         raise ValueError(f"{directory} has no checkpoint {step}; it has {steps}")
     about = _read_about(folder, step)
-    config = from_json(RunConfig, about["config"])
+    config = replace(from_json(RunConfig, about["config"]), mesh=MeshConfig())
     return config, step, _read_state(folder, step, jax.eval_shape(Trainer(config).init))
 
 

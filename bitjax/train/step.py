@@ -16,6 +16,7 @@ from bitjax.corpus.loader import Batch
 from bitjax.model import Transformer, abstract_model, bit_linears
 from bitjax.train import spikes
 from bitjax.train.optimizer import learning_rate, make_optimizer
+from bitjax.train.sharding import batch_sharding, make_mesh, state_shardings
 
 Params = nnx.State
 Metrics = dict[str, jax.Array]
@@ -79,13 +80,28 @@ class Trainer:
         self.graph = nnx.graphdef(abstract_model(config.model, config.train.compute_dtype))
         self.optimizer = make_optimizer(config.optimizer, config.train.steps)
         self.learning_rate = learning_rate(config.optimizer, config.train.steps)
+        self.mesh = make_mesh(config.mesh)
+        spread: dict[str, Any] = {}
+        if self.mesh is not None:
+            state = state_shardings(self.mesh, jax.eval_shape(self._init))
+            rows = config.train.batch_size // config.train.accumulate
+            spread["in_shardings"] = state, batch_sharding(self.mesh, rows)
+            spread["out_shardings"] = state, None
+        self._shardings = None if self.mesh is None else state
         self.step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]] = jax.jit(
-            self._step, donate_argnums=0
+            self._step, donate_argnums=0, **spread
         )
         self.loss: Callable[[Params, Batch], jax.Array] = jax.jit(self._loss)
 
     def init(self) -> TrainState:
-        """The state before the first step, a function of the seed alone."""
+        """The state before the first step, a function of the seed alone: no mesh changes it."""
+        return self.place(self._init())
+
+    def place(self, state: TrainState) -> TrainState:
+        """The state on the devices of the mesh, if the run has one."""
+        return state if self._shardings is None else jax.device_put(state, self._shardings)
+
+    def _init(self) -> TrainState:
         rngs = nnx.Rngs(params=self.config.train.seed)
         params = nnx.state(Transformer(self.config.model, rngs=rngs), nnx.Param)
         return TrainState(
@@ -100,6 +116,7 @@ class Trainer:
     def _loss(self, params: Params, batch: Batch, strength: jax.Array | None = None) -> jax.Array:
         """With `strength` of the quantisation; without, that of the finished model."""
         model = self.model(params)
+        model.remat = self.config.train.remat
         if strength is not None:
             for _, layer in bit_linears(model):
                 layer.strength = strength
