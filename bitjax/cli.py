@@ -204,6 +204,14 @@ def _parser() -> argparse.ArgumentParser:
         help="override a setting, e.g. --set train.steps=500; repeatable",
     )
 
+    train.add_argument(
+        "--join",
+        nargs="*",
+        metavar=("HOST:PORT", "N"),
+        help="be one of N processes of a run: HOST:PORT of the first, N, and which one this is, "
+        "from 0; nothing more where the cluster's manager says it. All use the same directory",
+    )
+
     plot = command(
         "plot",
         _plot,
@@ -440,12 +448,31 @@ def _train(arguments: argparse.Namespace) -> None:
     from bitjax import terminal
     from bitjax.config import override
     from bitjax.recipe import read_recipe
-    from bitjax.train import train
+    from bitjax.train import Interrupted, processes, train
 
+    if arguments.join is not None:
+        processes.join(*_place(arguments.join))
     config = override(read_recipe(arguments.config), arguments.settings)
-    with terminal.training_progress(arguments.config.stem) as on_report:
-        train(config, arguments.out, on_report)
-    terminal.console.print(f"run directory: {arguments.out}")
+    try:
+        with terminal.training_progress(arguments.config.stem) as on_report:
+            train(config, arguments.out, on_report)
+    except Interrupted:
+        raise
+    except Exception:
+        processes.leave_alone()
+        raise
+    if processes.is_first():
+        terminal.console.print(f"run directory: {arguments.out}")
+
+
+def _place(words: Sequence[str]) -> tuple[str | None, int | None, int | None]:
+    """Of --join: the coordinator, how many processes there are, and which one this is."""
+    if not words:
+        return None, None, None
+    if len(words) != 3 or not (words[1].isdecimal() and words[2].isdecimal()):
+        said = " ".join(words)
+        raise ValueError(f"--join {said} is not HOST:PORT N INDEX, e.g. 10.0.0.1:9000 4 0")
+    return words[0], int(words[1]), int(words[2])
 
 
 def _plot(arguments: argparse.Namespace) -> None:

@@ -119,7 +119,10 @@ def test_json_errors(text, message):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"modle": {}}, "unknown setting modle; RunConfig has model, data, optimizer, train, mesh$"),
+        (
+            {"modle": {}},
+            "unknown setting modle; RunConfig has model, data, optimizer, train, mesh$",
+        ),
         ({"model": {"depth": 2}}, "unknown setting model.depth; model has vocab_size, "),
         ({"train": 5}, "train is not an object of settings: 5"),
         ({"train": None}, "train is not an object of settings: None"),

@@ -30,6 +30,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from bitjax.config import WATCHING, MeshConfig, RunConfig, from_json, to_json
+from bitjax.train import processes
 from bitjax.train.step import Trainer, TrainState
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders that are no whole checkpoints
@@ -71,8 +72,9 @@ class Checkpoints:
         self._text_sha256 = text_sha256
         self.folder = (directory / "checkpoints").resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in _leftovers(self.folder):  # of a process that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
+        if processes.is_first():
+            for leftover in _leftovers(self.folder):  # of a process that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -97,7 +99,7 @@ class Checkpoints:
         """
         self.wait()
         step = int(state.step)
-        if step in _steps(self.folder):
+        if processes.of_first(step in _steps(self.folder)):
             return
         about = {
             "config": to_json(self._config),
@@ -106,9 +108,10 @@ class Checkpoints:
             "position": vars(position),
         }
         # Copies: the next step donates the buffers.
-        arrays = {name: np.array(x) for name, x in _named_leaves(state).items()}
+        arrays = {name: processes.whole(x) for name, x in _named_leaves(state).items()}
         kept = {position.best_step} if self._config.train.keep_best else set()
-        self._pending = self._thread.submit(self._write, step, arrays, about, kept)
+        if processes.is_first():
+            self._pending = self._thread.submit(self._write, step, arrays, about, kept)
 
     def wait(self) -> None:
         """Return when nothing is being written.
@@ -134,6 +137,7 @@ class Checkpoints:
             ValueError: the checkpoint is of another configuration or text, or all are damaged.
         """
         self.wait()
+        processes.barrier("restore")
         damaged: list[DamagedCheckpoint] = []
         found = _steps(self.folder)
         for step in reversed(found):
@@ -142,7 +146,10 @@ class Checkpoints:
             except DamagedCheckpoint as error:
                 damaged.append(error)
                 continue
+            processes.barrier("restored")
             for reason, bad in zip(damaged, reversed(found), strict=False):
+                if not processes.is_first():
+                    break
                 aside = self._put_aside(bad)
                 warnings.warn(
                     f"{reason}; going on from step {step}, the damaged one is kept as {aside}",
@@ -186,7 +193,7 @@ class Checkpoints:
             # Asked first: what orbax begins and has to give up leaves complaints on the terminal.
             if shutil.disk_usage(self.folder).free < sum(x.nbytes for x in arrays.values()):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+            with _orbax() as writer:
                 writer.save(
                     unsealed,
                     args=ocp.args.Composite(
@@ -265,6 +272,22 @@ def _read_state(folder: Path, step: int, abstract: TrainState) -> TrainState:
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
+def _orbax() -> ocp.Checkpointer:
+    """Reads or writes in this process alone: where there are several, they agree by our rules."""
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix=f"process{jax.process_index()}",
+    )
+    handlers = {
+        "state": ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+        "about": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+    }
+    options = ocp.CompositeOptions(multiprocessing_options=alone)
+    together = ocp.CompositeCheckpointHandler(composite_options=options, **handlers)
+    return ocp.Checkpointer(together, multiprocessing_options=alone)
+
+
 def _read(folder: Path, step: int, **item: Any) -> Any:
     """One item of a checkpoint.
 
@@ -273,7 +296,7 @@ def _read(folder: Path, step: int, **item: Any) -> Any:
     """
     (name,) = item
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        with _orbax() as reader:
             return reader.restore(folder / str(step), args=ocp.args.Composite(**item))[name]
     except Exception as error:
         raise DamagedCheckpoint(

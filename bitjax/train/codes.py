@@ -18,6 +18,7 @@ from flax import nnx
 
 from bitjax.model import Transformer, bit_linears
 from bitjax.quant import WEIGHT_QUANTIZERS
+from bitjax.train import processes
 
 Codes = dict[str, jax.Array]  # layer -> int8 [N, K]
 LAYER_FIELDS = ("minus", "zero", "plus", "flips")
@@ -48,7 +49,7 @@ class CodeWatch:
         if not names:
             return {}
         self._previous, fractions = self._measure(params, self._previous)
-        rows = jax.device_get(fractions).tolist()
+        rows = processes.whole(fractions).tolist()
         return {
             name: {field: round(x, 7) for field, x in zip(LAYER_FIELDS, row, strict=True)}
             for name, row in zip(names, rows, strict=True)

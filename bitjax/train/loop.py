@@ -27,7 +27,7 @@ import jax
 
 from bitjax.config import RunConfig, to_json
 from bitjax.corpus.loader import Batch
-from bitjax.train import flops
+from bitjax.train import flops, processes
 from bitjax.train.checkpoint import Checkpoints, Position
 from bitjax.train.codes import CodeWatch, flip_rate, layer_sizes
 from bitjax.train.metrics import MetricsWriter, Report, write_atomically
@@ -57,7 +57,7 @@ def train(
     Args:
         config: of the run; must equal the directory's own if it has one.
         directory: created if missing.
-        on_report: called every `log_every` steps and at the end.
+        on_report: called every `log_every` steps and at the end, in the first process.
 
     Returns:
         The final state; `Trainer(config).model(state.params)` is the model.
@@ -78,6 +78,8 @@ def train(
     try:
         with Checkpoints(directory, config, source.identity) as checkpoints, SignalFlag() as stop:
             state, position = checkpoints.restore(trainer) or (trainer.init(), Position())
+            if not processes.is_first():
+                return _Run(trainer, source, checkpoints, None, on_report).go(state, position, stop)
             write_atomically(directory / "config.json", to_json(config) + "\n")
             if (tokenizer := tokenizer_file(source.tokenizer)) is not None:
                 write_atomically(directory / TOKENIZER, tokenizer)
@@ -102,7 +104,7 @@ class _Run:
         trainer: Trainer,
         source: Source,
         checkpoints: Checkpoints,
-        writer: MetricsWriter,
+        writer: MetricsWriter | None,
         on_report: Callable[[Report], None],
     ) -> None:
         self._trainer = trainer
@@ -128,11 +130,14 @@ class _Run:
         self._clock = time.perf_counter()
         while step < config.steps:
             batch = self._source.batch(step + position.moved)
-            state, metrics = self._trainer.step(state, batch)
+            state, metrics = self._trainer.step(state, self._trainer.place_batch(batch))
             self._pending.append(metrics)
             step, last = step + 1, step + 1 == config.steps
             evaluate = last or bool(config.eval_every and step % config.eval_every == 0)
-            stopping = stop.is_set()  # read once: a signal after this waits for the next step
+            # Read once: a signal after this waits for the next step, or, as asking all processes
+            # takes time, their next report.
+            ask = jax.process_count() == 1 or step % config.log_every == 0
+            stopping = ask and processes.any_of(stop.is_set())
             save = last or stopping or step % config.checkpoint_every == 0
             self._checkpoints.check()
             # Reporting whenever saving keeps a diverged state out of the checkpoints, and gives a
@@ -151,10 +156,14 @@ class _Run:
                 self._checkpoints.save(state, position)
                 self._rewinds_in_a_row = 0
             if stopping and not last:
-                self._checkpoints.wait()
+                self._finish()
                 raise Interrupted(f"stopped after step {step}; the state is saved")
-        self._checkpoints.wait()
+        self._finish()
         return state
+
+    def _finish(self) -> None:
+        self._checkpoints.wait()
+        processes.barrier("end")
 
     def _must_rewind(self, step: int) -> bool:
         """Whether the steps since the last report end in going back.
@@ -205,7 +214,8 @@ class _Run:
             f"the loss jumped before step {step}; back to step {back_to}, with other data",
             stacklevel=2,
         )
-        self._writer.rewind(back_to)
+        if self._writer is not None:
+            self._writer.rewind(back_to)
         if self._codes is not None:
             self._codes.restart(state.params)
         self._pending, self._clock = [], time.perf_counter()
@@ -238,8 +248,9 @@ class _Run:
             flip_rate=flip_rate(layers, layer_sizes(self._trainer.model(state.params))),
             layers=layers or None,
         )
-        self._writer.write(report)
-        self._on_report(report)
+        if self._writer is not None:
+            self._writer.write(report)
+            self._on_report(report)
         self._pending, self._clock = [], time.perf_counter()
         return report
 
@@ -268,6 +279,6 @@ def validation_loss(trainer: Trainer, state: TrainState, windows: Batch) -> floa
     for first in range(0, len(windows.tokens), size):
         part = jax.tree.map(lambda x, first=first: x[first : first + size], windows)
         predicted = int(predictions(part))
-        total += float(trainer.loss(state.params, part)) * predicted
+        total += float(trainer.loss(state.params, trainer.place_batch(part, cut=False))) * predicted
         count += predicted
     return total / max(count, 1)

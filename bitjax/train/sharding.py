@@ -38,11 +38,17 @@ def make_mesh(config: MeshConfig) -> Mesh | None:
     """The mesh over the first devices there are; None for one device.
 
     Raises:
-        ValueError: too few devices.
+        ValueError: too few devices, or several processes whose devices are not all in it.
     """
+    devices = jax.devices()
+    if jax.process_count() > 1 and config.devices != len(devices):
+        raise ValueError(
+            f"the mesh {config.data} x {config.fsdp} x {config.tensor} (data, fsdp, tensor) has "
+            f"{config.devices} devices; the {jax.process_count()} processes have {len(devices)}, "
+            "and all must be in it"
+        )
     if config.devices == 1:
         return None
-    devices = jax.devices()
     if len(devices) < config.devices:
         raise ValueError(
             f"the mesh {config.data} x {config.fsdp} x {config.tensor} (data, fsdp, tensor) needs "

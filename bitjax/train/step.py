@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from bitjax.config import RunConfig
 from bitjax.corpus.loader import Batch
 from bitjax.model import Transformer, abstract_model, bit_linears
-from bitjax.train import spikes
+from bitjax.train import processes, spikes
 from bitjax.train.optimizer import learning_rate, make_optimizer
 from bitjax.train.sharding import batch_sharding, make_mesh, state_shardings
 
@@ -81,25 +82,41 @@ class Trainer:
         self.optimizer = make_optimizer(config.optimizer, config.train.steps)
         self.learning_rate = learning_rate(config.optimizer, config.train.steps)
         self.mesh = make_mesh(config.mesh)
+        self._shardings: tuple[Any, NamedSharding, NamedSharding] | None = None
         spread: dict[str, Any] = {}
         if self.mesh is not None:
             state = state_shardings(self.mesh, jax.eval_shape(self._init))
             rows = config.train.batch_size // config.train.accumulate
-            spread["in_shardings"] = state, batch_sharding(self.mesh, rows)
-            spread["out_shardings"] = state, None
-        self._shardings = None if self.mesh is None else state
+            everywhere = NamedSharding(self.mesh, PartitionSpec())
+            self._shardings = state, batch_sharding(self.mesh, rows), everywhere
+            spread["in_shardings"] = self._shardings[:2]
+            spread["out_shardings"] = state, everywhere
         self.step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]] = jax.jit(
             self._step, donate_argnums=0, **spread
         )
         self.loss: Callable[[Params, Batch], jax.Array] = jax.jit(self._loss)
 
     def init(self) -> TrainState:
-        """The state before the first step, a function of the seed alone: no mesh changes it."""
-        return self.place(self._init())
+        """The state before the first step, a function of the seed alone: no mesh changes it.
+
+        With a mesh every device makes its own part, so the whole need not fit one.
+        """
+        if self._shardings is None:
+            return self._init()
+        return jax.jit(self._init, out_shardings=self._shardings[0])()
 
     def place(self, state: TrainState) -> TrainState:
         """The state on the devices of the mesh, if the run has one."""
-        return state if self._shardings is None else jax.device_put(state, self._shardings)
+        if self._shardings is None:
+            return state
+        return jax.tree.map(processes.spread, state, self._shardings[0])
+
+    def place_batch(self, batch: Batch, cut: bool = True) -> Batch:
+        """A batch on the devices of the mesh, if the run has one: cut, or whole on each."""
+        if self._shardings is None:
+            return batch
+        sharding = self._shardings[1 if cut else 2]
+        return jax.tree.map(lambda x: processes.spread(x, sharding), batch)
 
     def _init(self) -> TrainState:
         rngs = nnx.Rngs(params=self.config.train.seed)
