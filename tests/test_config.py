@@ -41,7 +41,8 @@ UNUSUAL = RunConfig(
     DataConfig(text="a/ä \"quoted\" b.txt", documents="apart", valid_fraction=0.25),
     OptimizerConfig(
         learning_rate=0.1, stage_two_learning_rate=None, weight_decay=0.0,
-        stage_two_weight_decay=None, stage_two_at=1.0, warmup_steps=0, b1=0.0, b2=0.5, eps=1e-6,
+        stage_two_weight_decay=None, stage_two_at=1.0,
+        weight_decay_stage_two_at=0.3, falling="cosine", warmup_steps=0, b1=0.0, b2=0.5, eps=1e-6,
         clip_norm=2.5,
     ),
     TrainConfig(
@@ -49,7 +50,7 @@ UNUSUAL = RunConfig(
         log_every=2, eval_every=0, checkpoint_every=3, keep_checkpoints=1, keep_best=False,
         on_spike="skip", spike_factor=9.5, spike_window=7, spike_limit=3,
         log_codes=False, tensorboard=True, peak_gflops=50.5,
-        quantization_warmup_steps=4, remat=True,
+        quantization_warmup_steps=4, remat=True, start_from="runs/a",
     ),
     MeshConfig(data=3, fsdp=2, tensor=5),
 )  # fmt: skip
@@ -164,6 +165,7 @@ WRONG = {
     "WeightScale": (("column", None), "one of tensor, row, group"),
     "ActivationQuantizer": (("int2", None), "one of int8, int4, float"),
     'Literal["silu", "relu2"]': (("gelu", None), "one of silu, relu2"),
+    'Literal["linear", "cosine"]': (("square", None), "one of linear, cosine"),
     'Literal["joined", "apart"]': (("mixed", None), "one of joined, apart"),
     'Literal["stop", "skip", "rewind"]': (("pray", None), "one of stop, skip, rewind"),
     'Literal["none", "linear", "llama3"]': (("yarn", None), "one of none, linear, llama3"),

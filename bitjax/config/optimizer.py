@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from bitjax.config.fields import check_fields, require, require_positive
 
@@ -11,9 +12,11 @@ from bitjax.config.fields import check_fields, require, require_positive
 class OptimizerConfig:
     """AdamW with the two-stage schedule of the b1.58 training tips.
 
-    At step t of n: `lr(t) = peak(t) * min(1, (t + 1) / warmup_steps) * (1 - t / n)`, with
-    `peak = learning_rate` and decay `weight_decay` before `stage_two_at * n`, and
-    `stage_two_learning_rate` and `stage_two_weight_decay` from there on.
+    At step t of n: `lr(t) = peak(t) * min(1, (t + 1) / warmup_steps) * falling(t / n)`, with
+    `falling(x) = 1 - x` (linear) or `(1 + cos(pi x)) / 2` (cosine). `peak` is `learning_rate`, and
+    the weight decay `weight_decay`, before `stage_two_at * n`; `stage_two_learning_rate` and
+    `stage_two_weight_decay` from there on. TriLM (arXiv 2407.12327) ends weight decay later, at
+    `weight_decay_stage_two_at`.
     Source: "The Era of 1-bit LLMs: Training Tips, Code and FAQ" (Microsoft, 2024), section 2.
     """
 
@@ -22,6 +25,8 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     stage_two_weight_decay: float | None = 0.0  # None: weight_decay throughout
     stage_two_at: float = 0.5  # fraction of all steps
+    weight_decay_stage_two_at: float | None = None  # None: stage_two_at
+    falling: Literal["linear", "cosine"] = "linear"
     warmup_steps: int = 50
     b1: float = 0.9
     b2: float = 0.95
@@ -37,4 +42,6 @@ class OptimizerConfig:
         require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} is negative")
         for name in ("b1", "b2"):
             require(0 <= getattr(self, name) < 1, f"optimizer.{name} is not in [0, 1)")
-        require(0 < self.stage_two_at <= 1, "optimizer.stage_two_at is not in (0, 1]")
+        for name in ("stage_two_at", "weight_decay_stage_two_at"):
+            value = getattr(self, name)
+            require(value is None or 0 < value <= 1, f"optimizer.{name} is not in (0, 1]")

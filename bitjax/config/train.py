@@ -34,6 +34,8 @@ class TrainConfig:
     quantization_warmup_steps: int = 0  # lambda grows from 0 to 1 over as many: x + lambda (q(x) -
     # x) for weights and activations, so that a full-precision model becomes a quantised one
     remat: bool = False  # blocks are computed again backwards, instead of keeping what is in them
+    start_from: str = ""  # a run, or a model file of float weights, whose weights a new run starts
+    # with; empty: random ones
     seed: int = 0  # of initial weights and of the data order
     log_every: int = 10  # steps
     eval_every: int = 250  # steps; 0: only at the end

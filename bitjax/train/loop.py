@@ -33,6 +33,7 @@ from bitjax.train.codes import CodeWatch, flip_rate, layer_sizes
 from bitjax.train.metrics import MetricsWriter, Report, write_atomically
 from bitjax.train.signals import SignalFlag
 from bitjax.train.source import TOKENIZER, Source, open_source, tokenizer_file
+from bitjax.train.start import started
 from bitjax.train.step import Metrics, Trainer, TrainState, predictions
 
 VALID_WINDOWS = 64  # windows of the quick validation loss during training
@@ -77,7 +78,10 @@ def train(
         raise ValueError(f"cannot make the folder {directory}: {error.strerror}") from None
     try:
         with Checkpoints(directory, config, source.identity) as checkpoints, SignalFlag() as stop:
-            state, position = checkpoints.restore(trainer) or (trainer.init(), Position())
+            state, position = checkpoints.restore(trainer) or (
+                _first_state(trainer, source),
+                Position(),
+            )
             if not processes.is_first():
                 return _Run(trainer, source, checkpoints, None, on_report).go(state, position, stop)
             write_atomically(directory / "config.json", to_json(config) + "\n")
@@ -208,7 +212,7 @@ class _Run:
                 f"(train.spike_limit={self._config.spike_limit}); lower optimizer.learning_rate"
             )
         restored = self._checkpoints.restore(self._trainer)
-        state, _ = restored or (self._trainer.init(), position)
+        state, _ = restored or (_first_state(self._trainer, self._source), position)
         back_to = int(state.step)
         warnings.warn(
             f"the loss jumped before step {step}; back to step {back_to}, with other data",
@@ -253,6 +257,11 @@ class _Run:
             self._on_report(report)
         self._pending, self._clock = [], time.perf_counter()
         return report
+
+
+def _first_state(trainer: Trainer, source: Source) -> TrainState:
+    path = trainer.config.train.start_from
+    return started(trainer, Path(path), source.tokenizer) if path else trainer.init()
 
 
 def _spikes(pending: list[Metrics]) -> int:

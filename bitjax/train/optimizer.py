@@ -16,19 +16,24 @@ from bitjax.config import OptimizerConfig
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """`lr(t)` of `OptimizerConfig` for t in 0..steps-1."""
-    peak = _staged(config.learning_rate, config.stage_two_learning_rate, config, steps)
+    boundary = config.stage_two_at * steps
+    peak = _staged(config.learning_rate, config.stage_two_learning_rate, boundary)
 
     def schedule(t: Any) -> jax.Array:
         t = jnp.asarray(t, jnp.float32)
         warmup = jnp.minimum(1.0, (t + 1) / max(config.warmup_steps, 1))
-        return peak(t) * warmup * jnp.maximum(0.0, 1 - t / steps)
+        left = jnp.maximum(0.0, 1 - t / steps)
+        falling = left if config.falling == "linear" else (1 - jnp.cos(jnp.pi * left)) / 2
+        return peak(t) * warmup * falling
 
     return schedule
 
 
 def weight_decay(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Decay coefficient at step t; AdamW multiplies it by the learning rate."""
-    return _staged(config.weight_decay, config.stage_two_weight_decay, config, steps)
+    at = config.weight_decay_stage_two_at
+    boundary = (config.stage_two_at if at is None else at) * steps
+    return _staged(config.weight_decay, config.stage_two_weight_decay, boundary)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -55,9 +60,6 @@ def _keys(path: tuple[Any, ...]) -> list[str]:
     return [str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path]
 
 
-def _staged(
-    first: float, second: float | None, config: OptimizerConfig, steps: int
-) -> optax.Schedule:
+def _staged(first: float, second: float | None, boundary: float) -> optax.Schedule:
     second = first if second is None else second
-    boundary = config.stage_two_at * steps
     return lambda t: jnp.where(jnp.asarray(t) < boundary, first, second)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +41,21 @@ def test_one_stage_when_the_second_is_none():
     rate = learning_rate(config, 1000)
     assert float(rate(500)) == pytest.approx(config.learning_rate * 0.5)
     assert float(weight_decay(config, 1000)(999)) == pytest.approx(0.1)
+
+
+def test_trilms_weight_decay_ends_at_two_thirds_and_its_rate_drops_at_half():
+    config = dataclasses.replace(CONFIG, weight_decay_stage_two_at=2 / 3)
+    decay, rate = weight_decay(config, 300), learning_rate(config, 300)
+    assert [round(float(decay(t)), 3) for t in (149, 150, 199, 200)] == [0.1, 0.1, 0.1, 0.0]
+    assert float(rate(149)) == pytest.approx(3 * (1 - 149 / 300))
+    assert float(rate(150)) == pytest.approx(2 * (1 - 150 / 300))
+
+
+def test_a_cosine():
+    config = dataclasses.replace(CONFIG, falling="cosine", stage_two_learning_rate=None)
+    for t in (4, 25, 60, 99, 100):
+        wanted = 3 * (1 + np.cos(np.pi * t / 100)) / 2
+        assert float(learning_rate(config, 100)(t)) == pytest.approx(wanted, abs=1e-6)
 
 
 def test_decay_touches_linear_weights_only():
