@@ -37,6 +37,12 @@ MODELS: dict[str, ModelConfig] = {
         num_heads=20, num_kv_heads=5, head_dim=128, max_seq_len=4096, activation="relu2",
         sub_norm=True, tie_embeddings=True, rope_theta=500_000.0,
     ),
+    # TriLM 99M (arXiv 2407.12327): ternary weights, float activations, Llama's blocks
+    "trilm-99m": ModelConfig(
+        vocab_size=50_304, hidden_size=512, intermediate_size=1280, num_layers=16, num_heads=8,
+        num_kv_heads=8, head_dim=64, max_seq_len=2048, activation="silu", sub_norm=False,
+        tie_embeddings=False, activations="float",
+    ),
     # Llama-shaped: no sub-norms, separate head
     "llama3-8b-1.58": ModelConfig(
         vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_layers=32,
@@ -55,6 +61,51 @@ MODELS: dict[str, ModelConfig] = {
     "70b": _b158(8192, 24_576, 64, 80, 32_000),
     "100b": _b158(8192, 45_568, 64, 72, 32_000),
 }  # fmt: skip
+
+
+# Peak rates of BitNet b1.58: stage one, stage two, and of the full-precision twin where it was
+# trained (training tips, table 1).
+_B158_RATES: dict[str, tuple[float, float, float | None]] = {
+    "b1.58-700m": (1.5e-3, 1.0e-3, 2.5e-4),
+    "b1.58-1.3b": (1.2e-3, 8e-4, 2.0e-4),
+    "b1.58-3b": (1.2e-3, 8e-4, 2.0e-4),
+    "b1.58-3.9b": (1.2e-3, 8e-4, None),
+}
+
+
+def b158_paper(name: str, weights: WeightQuantizer) -> RunConfig:
+    """A run of the BitNet b1.58 paper: 100B tokens in batches of 1M, as the training tips have it.
+
+    The twin has one stage and constant weight decay, which both tricks do not help.
+
+    Args:
+        name: of a model in `MODELS`, "b1.58-700m" to "b1.58-3.9b".
+        weights: "ternary", or "float" for the full-precision twin.
+
+    Raises:
+        ValueError: a twin that the paper does not have.
+    """
+    first, second, twin = _B158_RATES[name]
+    seq_len, sequences = 2048, 512  # 1,048,576 tokens
+    if weights == "float":
+        if twin is None:
+            raise ValueError(f"no rate of a full-precision {name} was published")
+        model = MODELS[name].full_precision_twin()
+        optimizer = OptimizerConfig(
+            learning_rate=twin, stage_two_learning_rate=None, stage_two_weight_decay=None,
+            warmup_steps=375,
+        )  # fmt: skip
+    else:
+        model = MODELS[name]
+        optimizer = OptimizerConfig(
+            learning_rate=first, stage_two_learning_rate=second, warmup_steps=375
+        )
+    steps = round(100e9 / (seq_len * sequences))
+    train = TrainConfig(
+        steps=steps, batch_size=sequences, seq_len=seq_len, accumulate=8, remat=True,
+        compute_dtype="bfloat16", eval_every=1000, checkpoint_every=1000,
+    )  # fmt: skip
+    return RunConfig(model, DataConfig(), optimizer, train)
 
 
 def shakespeare(weights: WeightQuantizer, text: str = "", seed: int = 0) -> RunConfig:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bitjax.config import ModelConfig, RunConfig
-from bitjax.presets import shakespeare
+from bitjax.presets import b158_paper, shakespeare
 from bitjax.recipe import read_recipe
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -102,3 +102,21 @@ def test_ctrl_c_is_no_failure_of_the_recipe(recipe):
     path = recipe("raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt):
         read_recipe(path)
+
+
+def test_the_papers_runs_have_its_tokens_and_rates():
+    for path in CONFIGS.glob("b158_*.py"):
+        run = read_recipe(path)
+        tokens = run.train.steps * run.train.batch_size * run.train.seq_len
+        assert tokens == pytest.approx(100e9, rel=1e-5)
+        assert run.optimizer.warmup_steps == 375
+        assert (run.model.weights == "float") == path.stem.endswith("_float")
+    rates = {path.stem: read_recipe(path).optimizer for path in CONFIGS.glob("b158_*.py")}
+    assert len(rates) == 7
+    assert (rates["b158_3b"].learning_rate, rates["b158_3b"].stage_two_learning_rate) == (
+        1.2e-3, 8e-4,
+    )  # fmt: skip
+    assert rates["b158_700m_float"].learning_rate == 2.5e-4
+    assert rates["b158_700m_float"].stage_two_weight_decay is None
+    with pytest.raises(ValueError, match=r"no rate of a full-precision b1\.58-3\.9b"):
+        b158_paper("b1.58-3.9b", "float")
