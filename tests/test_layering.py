@@ -19,7 +19,7 @@ LAYERS = [
     {"api", "recipe"},
     {"plots", "terminal"},
     {"demo", "inspection", "conversion", "bench", "chat"},
-    {"cli_corpus", "evaluation"},
+    {"cli_corpus", "evaluation", "harness"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
