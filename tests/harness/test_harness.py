@@ -119,7 +119,7 @@ def test_tasks_item_by_item(both, tasks):
             log_samples=True,
             bootstrap_iters=0,
             verbosity="ERROR",
-        )  # fmt: skip
+        )
         for model in both
     )
     ours, other = ([s["resps"] for s in r["samples"]["choice"]] for r in (found, wanted))
