@@ -36,13 +36,21 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     add = tasks.add_argument
     add(
         "--tasks", nargs="+", default=[], metavar="TASK",
-        help="files of questions (.jsonl, .gz, .xz; BLiMP's .zip), or names in --task-dir",
+        help="files of questions, GSM8K's or HumanEval's exercises (.jsonl, .gz, .xz; BLiMP's "
+        ".zip), or names in --task-dir",
     )  # fmt: skip
     add("--task-dir", type=Path, metavar="DIR", help="where tasks are by name")
     add("--limit", type=int, metavar="N", help="first N items of each part")
     add("--shots", type=int, default=0, metavar="K", help="solved items before each (default: 0)")
     add("--seed", type=int, default=0, help="of the choice of solved items, and of samples")
     add("--truncate", action="store_true", help="cut off the beginning of what is too long")
+    add("--samples", type=int, default=1, metavar="N", help="answers to each exercise (default: 1)")
+    add("--temperature", type=float, default=0.0, help="of answers; 0, the default, is greedy")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer (default: 256)")
+    add(
+        "--run-code", action="store_true",
+        help="run the programs that the model writes, in processes without files and network",
+    )  # fmt: skip
     add(
         "--records", type=Path, metavar="DIR",
         help="keep the result of each item here; the same command then goes on where it stopped",
@@ -70,11 +78,21 @@ def _escaped(text: str) -> str:
 
 
 def _tasks(arguments: argparse.Namespace) -> None:
+    from bitjax.evaluate.exercises import read_exercises
+    from bitjax.evaluate.generation import GenerationSettings
     from bitjax.evaluate.multiple_choice import Settings
     from bitjax.evaluate.tasks import find_task, read_task
-    from bitjax.evaluation import evaluate_tasks
+    from bitjax.evaluation import Choices, evaluate_tasks
 
-    settings = Settings(arguments.shots, arguments.seed, arguments.truncate)
-    tasks = [read_task(find_task(name, arguments.task_dir)) for name in arguments.tasks]
+    choices = Choices(
+        Settings(arguments.shots, arguments.seed, arguments.truncate),
+        GenerationSettings(
+            arguments.shots, arguments.seed, arguments.samples, arguments.temperature,
+            arguments.max_new_tokens,
+        ),
+        arguments.limit, arguments.records, arguments.run_code,
+    )  # fmt: skip
+    paths = [find_task(name, arguments.task_dir) for name in arguments.tasks]
+    tasks = [read_exercises(path) or read_task(path) for path in paths]
     models = [arguments.model, arguments.other] if arguments.other else [arguments.model]
-    evaluate_tasks(models, tasks, settings, arguments.limit, arguments.records)
+    evaluate_tasks(models, tasks, choices)
