@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -93,7 +93,7 @@ class Records(Generic[Kept]):
         first = json.dumps({"bitjax_records": 1, **header}, sort_keys=True)
         digest = hashlib.sha256(first.encode()).hexdigest()[:12]
         self.path = folder / f"{header['task']}-{digest}.jsonl"
-        self._kind: type[Kept] = kind
+        self._kind: Callable[..., Kept] = kind
         self._known: dict[str, Kept] = {}
         folder.mkdir(parents=True, exist_ok=True)
         whole = self._read(first) if self.path.exists() else 0

@@ -146,7 +146,7 @@ def test_other_files(tmp_path):
     for lines, message in (
         (
             [SUMS[0], question],
-            "line 2: an exercise needs texts in the fields question, answer, the",
+            "line 2: an exercise needs texts in the fields question, answer,",
         ),
         ([SUMS[0], SUMS[1] | {"answer": "7"}], "line 2: .* with a number behind ####"),
         ([ADD, ADD], "line 2: there is an exercise 't/0' before it"),
