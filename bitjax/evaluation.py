@@ -28,6 +28,10 @@ from bitjax.evaluate.requests import RequestScorer
 from bitjax.evaluate.tasks import Task
 from bitjax.infer import Generator, SamplingParams
 from bitjax.model import Transformer
+from bitjax.printable import html_table
+
+SCORES = ("task", "items", "metric", "value")  # headings of the tables
+DIFFERENCES = ("task", "metric", "A", "B", "B - A", "95 % interval", "p")
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,37 @@ class Run:
         results: of each task, in the tasks' order: by group ("" for all), the items' values of each
             metric by its name.
         cost: rows of memory, speed and energy.
+        tasks: their names.
     """
 
     name: str
     results: list[dict[str, dict[str, list[float]]]]
     cost: tuple[str, ...]
+    tasks: tuple[str, ...]
+
+    def _repr_html_(self) -> str:
+        return html_table(SCORES, _scores(self), self.name)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models' results on the same items; shows itself in notebooks."""
+
+    a: Run
+    b: Run
+
+    @property
+    def title(self) -> str:
+        """Names the models, and the tests of the table."""
+        return f"A: {self.a.name}, B: {self.b.name}; p: McNemar, Holm over the table"
+
+    @property
+    def rows(self) -> list[tuple[str, ...]]:
+        """The cells of the table, of `DIFFERENCES`."""
+        return _differences((self.a, self.b))
+
+    def _repr_html_(self) -> str:
+        return html_table(DIFFERENCES, self.rows, self.title)
 
 
 @dataclass(frozen=True)
@@ -78,14 +108,12 @@ def evaluate_tasks(
         raise ValueError(f"{len(models)} models; one is scored, and two are compared")
     if choices.limit is not None and choices.limit < 1:
         raise ValueError(f"--limit {choices.limit} is below 1")
-    runs = [_run(model, tasks, choices) for model in models]
+    runs = [run_tasks(load(model), model, tasks, choices) for model in models]
     for run in runs:
-        terminal.table(("task", "items", "metric", "value"), _scores(run, tasks), run.name)
+        terminal.table(SCORES, _scores(run), run.name)
     if len(runs) == 2:
-        terminal.table(
-            ("task", "metric", "A", "B", "B - A", "95 % interval", "p"), _differences(runs, tasks),
-            f"A: {runs[0].name}, B: {runs[1].name}; p: McNemar, Holm over the table",
-        )  # fmt: skip
+        both = Comparison(*runs)
+        terminal.table(DIFFERENCES, both.rows, both.title)
     terminal.table(
         ("model", "parameters in memory", "tokens/s scored", "J/token measured",
          "J/token of the arithmetic, modelled"),
@@ -94,8 +122,14 @@ def evaluate_tasks(
     return runs
 
 
-def _run(path: str, tasks: Sequence[Task | Exercises], choices: Choices) -> Run:
-    model = load(path)
+def run_tasks(
+    model: Transformer, name: str, tasks: Sequence[Task | Exercises], choices: Choices
+) -> Run:
+    """Score a model.
+
+    Raises:
+        ValueError: see `score_task` and `answer_exercises`.
+    """
     digest = fingerprint(model) if choices.folder is not None else ""
     scorer, complete = RequestScorer(model), completer(model)
     meter, start, made = PackageMeter(), time.perf_counter(), []
@@ -113,7 +147,7 @@ def _run(path: str, tasks: Sequence[Task | Exercises], choices: Choices) -> Run:
         header |= asdict(choices.questions)
         records = Records(choices.folder, header, Record) if choices.folder is not None else None
         found = score_task(scorer, model.tokenizer, task, choices.questions, choices.limit, records)
-        made.append({name: metrics(members) for name, members in groups(found).items()})
+        made.append({group: metrics(members) for group, members in groups(found).items()})
     seconds = time.perf_counter() - start
     joules = "-"
     if meter.readable and scorer.tokens:
@@ -121,7 +155,8 @@ def _run(path: str, tasks: Sequence[Task | Exercises], choices: Choices) -> Run:
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
     speed = f"{scorer.tokens / seconds:,.0f}" if scorer.tokens else "-"
     modelled = f"{sum(modelled_joules(model, 1).values()):.3g}"
-    return Run(path, made, (path, terminal.size(size), speed, joules, modelled))
+    cost = name, terminal.size(size), speed, joules, modelled
+    return Run(name, made, cost, tuple(task.name for task in tasks))
 
 
 def completer(model: Transformer) -> Complete:
@@ -140,29 +175,29 @@ def completer(model: Transformer) -> Complete:
     return complete
 
 
-def _scores(run: Run, tasks: Sequence[Task | Exercises]) -> list[tuple[str, ...]]:
+def _scores(run: Run) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
-    for task, results in zip(tasks, run.results, strict=True):
+    for task, results in zip(run.tasks, run.results, strict=True):
         for group, columns in results.items():
             for name, values in columns.items():
                 mean = Mean.of(values)
-                label = f"{task.name} {group}".strip()
+                label = f"{task} {group}".strip()
                 rows.append(
                     (label, f"{mean.items:,}", name, f"{mean.value:.4f} ± {mean.error:.4f}")
                 )
     return rows
 
 
-def _differences(runs: Sequence[Run], tasks: Sequence[Task | Exercises]) -> list[tuple[str, ...]]:
+def _differences(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     rows, tested = [], []
-    for task, first, second in zip(tasks, runs[0].results, runs[1].results, strict=True):
+    for task, first, second in zip(runs[0].tasks, runs[0].results, runs[1].results, strict=True):
         ours, theirs = first[""], second[""]
         for name, a in ours.items():
             b = theirs[name]
             low, high = bootstrap_interval(a, b)
             means = Mean.of(a).value, Mean.of(b).value
             shown = f"{means[0]:.4f}", f"{means[1]:.4f}", f"{means[1] - means[0]:+.4f}"
-            rows.append([task.name, name, *shown, f"{low:+.4f} to {high:+.4f}", "-"])
+            rows.append([task, name, *shown, f"{low:+.4f} to {high:+.4f}", "-"])
             if {*a, *b} <= {0.0, 1.0}:  # right or wrong
                 tested.append((rows[-1], mcnemar(a, b)))
     for (row, _), p in zip(tested, holm([p for _, p in tested]), strict=True):
