@@ -8,13 +8,47 @@ print(Generator(model).generate(["ROMEO:"])[0].text)
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+from flax import nnx
+
+from bitjax.config import ModelConfig
 from bitjax.infer import memory
 from bitjax.interop.formats import format_of, local_path, open_checkpoint
 from bitjax.model import Transformer
 from bitjax.model.files import load_model
 from bitjax.ops import Impl
+from bitjax.printable import html_table
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a model holds; shows itself in notebooks.
+
+    Attributes:
+        config: of the model.
+        parameters: values, of arrays; a packed layer's are its bytes.
+        bytes: of all parameters in memory.
+    """
+
+    config: ModelConfig
+    parameters: int
+    bytes: int
+
+    def _repr_html_(self) -> str:
+        shown = ("hidden_size", "num_layers", "vocab_size", "max_seq_len", "weights", "activations")
+        rows: list[tuple[str, object]] = [(name, getattr(self.config, name)) for name in shown]
+        rows += [("arrays' values", f"{self.parameters:,}"), ("bytes", f"{self.bytes:,}")]
+        return html_table(("setting", "value"), rows)
+
+
+def summary(model: Transformer) -> Summary:
+    """What a model holds."""
+    leaves = jax.tree.leaves(nnx.state(model))
+    size = sum(leaf.nbytes for leaf in leaves)
+    return Summary(model.config, sum(leaf.size for leaf in leaves), size)
 
 
 def load(path: str | Path, impl: Impl = "auto", check: bool = True) -> Transformer:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitjax import __version__
 from bitjax.cli_corpus import add_corpus_commands
+from bitjax.cli_eval import add_eval_arguments, run_eval
 from bitjax.printable import printable
 
 if TYPE_CHECKING:
@@ -235,54 +236,13 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = command(
         "eval",
-        _eval,
+        run_eval,
         "score a text: bits per byte and perplexity with its standard error",
-        "With --tasks, multiple choice; and two models are compared item by item.",
+        "With --tasks, questions, exercises and programs; and two models are compared item by "
+        "item.",
     )
     model_argument(evaluate)
-    evaluate.add_argument("other", nargs="?", help="with --tasks: a model to compare with")
-    evaluate.add_argument(
-        "--tasks",
-        nargs="+",
-        default=[],
-        metavar="TASK",
-        help="files of questions (.jsonl, .gz, .xz; BLiMP's .zip), or names in --task-dir",
-    )
-    evaluate.add_argument("--task-dir", type=Path, metavar="DIR", help="where tasks are by name")
-    evaluate.add_argument("--limit", type=int, metavar="N", help="first N items of each part")
-    evaluate.add_argument(
-        "--shots", type=int, default=0, metavar="K", help="solved items before each (default: 0)"
-    )
-    evaluate.add_argument("--seed", type=int, default=0, help="of the choice of solved items")
-    evaluate.add_argument(
-        "--truncate", action="store_true", help="cut off the beginning of what is too long"
-    )
-    evaluate.add_argument(
-        "--records",
-        type=Path,
-        metavar="DIR",
-        help="keep the result of each item here; the same command then goes on where it stopped",
-    )
-    evaluate.add_argument(
-        "--text",
-        default="",
-        metavar="PATH",
-        help="score all of this file (default: the held-out tenth of the packaged Shakespeare)",
-    )
-    evaluate.add_argument(
-        "--window",
-        type=int,
-        default=None,
-        metavar="N",
-        help="tokens predicted per window (default: the model's context)",
-    )
-    evaluate.add_argument(
-        "--stride",
-        type=int,
-        default=None,
-        metavar="N",
-        help="tokens between windows (default: half a window)",
-    )
+    add_eval_arguments(evaluate)
 
     generate = command("generate", _generate, "continue a prompt, streaming")
     model_argument(generate)
@@ -485,54 +445,6 @@ def _plot(arguments: argparse.Namespace) -> None:
         if not runs[str(directory)]:
             raise ValueError(f"{directory} is no run with reports: it has no metrics.jsonl")
     plot_quantity(arguments.output, runs, arguments.of, arguments.smooth)
-
-
-def _eval_tasks(arguments: argparse.Namespace) -> None:
-    from bitjax.evaluate.multiple_choice import Settings
-    from bitjax.evaluate.tasks import find_task, read_task
-    from bitjax.evaluation import evaluate_tasks
-
-    settings = Settings(arguments.shots, arguments.seed, arguments.truncate)
-    tasks = [read_task(find_task(name, arguments.task_dir)) for name in arguments.tasks]
-    models = [arguments.model, arguments.other] if arguments.other else [arguments.model]
-    evaluate_tasks(models, tasks, settings, arguments.limit, arguments.records)
-
-
-def _eval(arguments: argparse.Namespace) -> None:
-    if arguments.tasks:
-        _eval_tasks(arguments)
-        return
-    if arguments.other is not None:
-        raise ValueError("two models are compared on --tasks; none is given")
-    from bitjax import terminal
-    from bitjax.api import load
-    from bitjax.config import DataConfig
-    from bitjax.evaluate import model_scorer, score_text, tokens_of
-    from bitjax.train.data import load_text, read_tokens
-
-    model = load(arguments.model)
-    window = model.config.max_seq_len if arguments.window is None else arguments.window
-    if window < 1:
-        raise ValueError(f"--window {window} is below 1")
-    text, name = read_tokens(arguments.text)
-    if not arguments.text:
-        text, name = load_text(DataConfig()).valid, f"{name}, held-out tenth"
-    tokens, scored_bytes = tokens_of(model.tokenizer, text.tobytes(), name)
-    score = score_text(
-        model_scorer(model), tokens, window, arguments.stride, scored_bytes=scored_bytes
-    )
-    unit = "byte" if model.tokenizer.name == "bytes" else "token"
-    terminal.table(
-        ("text", f"{unit}s scored", "bits per byte", f"perplexity per {unit}"),
-        [
-            (
-                name,
-                f"{score.tokens:,}",
-                f"{score.bits_per_byte:.4f} ± {score.bits_per_byte_error:.4f}",
-                f"{score.perplexity:,.3f}",
-            )
-        ],
-    )
 
 
 def _generate(arguments: argparse.Namespace) -> None:

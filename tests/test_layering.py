@@ -19,7 +19,8 @@ LAYERS = [
     {"api", "recipe"},
     {"plots", "terminal"},
     {"demo", "inspection", "conversion", "bench", "chat"},
-    {"cli_corpus", "evaluation"},
+    {"cli_corpus", "evaluation", "evaluation_text", "harness"},
+    {"cli_eval"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -103,7 +103,7 @@ def score_task(
     task: Task,
     settings: Settings,
     limit: int | None = None,
-    records: Records | None = None,
+    records: Records[Record] | None = None,
     on_items: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Record]:
     """Score items, those that have no record yet.

@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 
 from bitjax.model import Transformer
+from bitjax.printable import html_table
 from bitjax.tokenizer import ByteTokenizer, Tokenizer
 
 # int32 [B, T + 1] tokens -> float [B, T] negative log-likelihoods in nats of tokens 1..T
@@ -62,6 +63,15 @@ class TextScore:
             return math.exp(self.nats_per_token)
         except OverflowError:
             return math.inf
+
+    def _repr_html_(self) -> str:
+        return html_table(
+            ("tokens", "bits per byte", "perplexity per token"),
+            [(
+                f"{self.tokens:,}", f"{self.bits_per_byte:.4f} ± {self.bits_per_byte_error:.4f}",
+                f"{self.perplexity:,.3f}",
+            )],
+        )  # fmt: skip
 
 
 def score_text(

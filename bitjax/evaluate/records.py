@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
@@ -49,12 +49,38 @@ class Record:
     bits_per_byte: float
 
 
-class Records:
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote to one exercise.
+
+    Attributes:
+        id: of the exercise in its task.
+        digest: of the prompt and of how texts were drawn.
+        texts: of each sample.
+        said: of each sample, what was found in it.
+        values: of each metric, by its name.
+        part, group: always empty; exercises have none.
+    """
+
+    id: str
+    digest: str
+    texts: tuple[str, ...]
+    said: tuple[str, ...]
+    values: dict[str, float]
+    part: str = ""
+    group: str = ""
+
+
+Kept = TypeVar("Kept", Record, Answer)
+
+
+class Records(Generic[Kept]):
     """The records of one model, task and choice of settings.
 
     Args:
         folder: of all records; made if need be.
         header: what was evaluated; its digest is in the file's name.
+        kind: of the records.
 
     Attributes:
         path: of the file.
@@ -63,11 +89,12 @@ class Records:
         ValueError: a file there is of something else, or damaged before its last line.
     """
 
-    def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, header: Mapping[str, Any], kind: type[Kept]) -> None:
         first = json.dumps({"bitjax_records": 1, **header}, sort_keys=True)
         digest = hashlib.sha256(first.encode()).hexdigest()[:12]
         self.path = folder / f"{header['task']}-{digest}.jsonl"
-        self._known: dict[str, Record] = {}
+        self._kind: Callable[..., Kept] = kind
+        self._known: dict[str, Kept] = {}
         folder.mkdir(parents=True, exist_ok=True)
         whole = self._read(first) if self.path.exists() else 0
         if whole:
@@ -87,14 +114,16 @@ class Records:
                         raise ValueError
                     continue
                 fields = json.loads(line)
-                record = Record(**fields | {"log_likelihoods": tuple(fields["log_likelihoods"])})
-            except (ValueError, TypeError, KeyError):
+                record = self._kind(
+                    **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+                )
+            except (ValueError, TypeError, AttributeError):
                 raise ValueError(f"{self.path}, line {number + 1:,}: no record of this evaluation; "
                                  "remove the file or choose another folder") from None  # fmt: skip
             self._known[record.id] = record
         return whole
 
-    def find(self, item: str, digest: str) -> Record | None:
+    def find(self, item: str, digest: str) -> Kept | None:
         """The record of an item, if there is one.
 
         Raises:
@@ -106,7 +135,7 @@ class Records:
                              "has changed; choose another folder for its records")  # fmt: skip
         return record
 
-    def append(self, records: Iterable[Record]) -> None:
+    def append(self, records: Iterable[Kept]) -> None:
         """Write records to the disk."""
         lines = [json.dumps(asdict(record)) for record in records]
         if lines:

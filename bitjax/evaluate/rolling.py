@@ -12,10 +12,12 @@ The standard error treats documents as independent; it is that of a ratio of mea
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
+from bitjax.corpus.store import Part
 from bitjax.evaluate.perplexity import TextScore
 from bitjax.evaluate.requests import Request, RequestScorer, beginning
 from bitjax.tokenizer import Tokenizer, utf8
@@ -53,19 +55,68 @@ def score_documents(
     Raises:
         ValueError: nothing to score.
     """
-    first = beginning(tokenizer)
+    made = (_without_beginning(tokenizer, tokenizer.encode(text)) for text in documents)
+    size = sum(len(utf8(text)) for text in documents)
+    return score_token_documents(scorer, tokenizer, made, size)
+
+
+def score_corpus_documents(
+    scorer: RequestScorer, part: Part, tokenizer: Tokenizer, size: int
+) -> tuple[TextScore, list[float]]:
+    """Score the documents of a corpus, without the tokens that begin and end each.
+
+    Args:
+        scorer: of the model.
+        part: of the corpus.
+        tokenizer: of both.
+        size: UTF-8 bytes of all texts.
+
+    Raises:
+        ValueError: nothing to score, or a damaged file.
+    """
+
+    def documents() -> Iterator[np.ndarray]:
+        for start, end in pairwise(part.starts.tolist()):
+            tokens = part.windows(np.array([start]), end - start)[0]
+            if tokenizer.stop and len(tokens) and tokens[-1] == tokenizer.stop[0]:
+                tokens = tokens[:-1]
+            yield _without_beginning(tokenizer, tokens)
+
+    return score_token_documents(scorer, tokenizer, documents(), size)
+
+
+def _without_beginning(tokenizer: Tokenizer, tokens: np.ndarray) -> np.ndarray:
+    begins = len(tokens) and tokens[0] == beginning(tokenizer)
+    return tokens[1:] if begins and not utf8(tokenizer.decode(tokens[:1])) else tokens
+
+
+def score_token_documents(
+    scorer: RequestScorer, tokenizer: Tokenizer, documents: Iterable[np.ndarray], size: int
+) -> tuple[TextScore, list[float]]:
+    """Score documents of tokens.
+
+    Args:
+        scorer: of the model.
+        tokenizer: of the model; names the token that stands before each document.
+        documents: int32 `[T]` each, without a beginning.
+        size: UTF-8 bytes that all tokens stand for.
+
+    Returns:
+        The score of all, and the log-likelihood of each in nats.
+
+    Raises:
+        ValueError: nothing to score.
+    """
+    first, n = beginning(tokenizer), 0
     requests: list[Request] = []
     owners: list[int] = []
-    for i, text in enumerate(documents):
-        tokens = tokenizer.encode(text)
-        if len(tokens) and tokens[0] == first and not utf8(tokenizer.decode(tokens[:1])):
-            tokens = tokens[1:]
+    for tokens in documents:
         made = rolling_requests(tokens, first, scorer.longest)
         requests += made
-        owners += [i] * len(made)
+        owners += [n] * len(made)
+        n += 1
     if not requests:
-        raise ValueError(f"{len(documents)} documents hold nothing to score")
-    n = len(documents)
+        raise ValueError(f"{n} documents hold nothing to score")
     nats, counts = np.zeros(n), np.zeros(n)
     for owner, request, score in zip(owners, requests, scorer.score(requests), strict=True):
         nats[owner] -= score.log_likelihood
@@ -74,6 +125,4 @@ def score_documents(
     used = np.count_nonzero(counts)
     squares = float(((nats - mean * counts) ** 2).sum())
     error = math.sqrt(squares * used / (used - 1)) / counts.sum() if used > 1 else math.nan
-    size = sum(len(utf8(text)) for text in documents)
-    score_of_all = TextScore(float(mean), float(error), int(counts.sum()), size)
-    return score_of_all, (-nats).tolist()
+    return TextScore(float(mean), float(error), int(counts.sum()), size), (-nats).tolist()

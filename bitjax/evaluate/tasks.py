@@ -176,12 +176,7 @@ def read_task(path: Path) -> Task:
 
 
 def _item(text: str, number: int, labels: list[int] | None) -> Item:
-    try:
-        line = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
-        raise ValueError("not JSON") from None
-    if not isinstance(line, dict):
-        raise ValueError("not a JSON object")
+    line = _object(text)
     if labels is not None and "label" not in line and number < len(labels):
         line["label"] = labels[number]
     name = next((str(line[key]) for key in ("id", "idx", "index") if key in line), None)
@@ -190,6 +185,32 @@ def _item(text: str, number: int, labels: list[int] | None) -> Item:
             return read(line, name or str(number))
     known = "; ".join(", ".join(fields) for fields in FORMS)
     raise ValueError(f"an item needs the fields {known}; this has {', '.join(line) or 'none'}")
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a file's lines, each with its place for messages.
+
+    Raises:
+        ValueError: damaged, or a line that is no object.
+    """
+    for where, lines in _files(path):
+        for number, text in enumerate(lines):
+            if text.strip():
+                at = f"{where}, line {number + 1:,}"
+                try:
+                    yield at, _object(text)
+                except ValueError as error:
+                    raise ValueError(f"{at}: {error}") from None
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        raise ValueError("not JSON") from None
+    if not isinstance(line, dict):
+        raise ValueError("not a JSON object")
+    return line
 
 
 def _text(line: dict[str, Any], field: str) -> str:

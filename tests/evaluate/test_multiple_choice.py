@@ -14,7 +14,7 @@ from tiny import tiny_model
 from bitjax.cli import main
 from bitjax.evaluate.compare import bootstrap_interval, holm, mcnemar
 from bitjax.evaluate.multiple_choice import Mean, Settings, examples, metrics, score_task
-from bitjax.evaluate.records import Records
+from bitjax.evaluate.records import Record, Records
 from bitjax.evaluate.requests import RequestScorer, Score, encode_request, padded_lengths
 from bitjax.evaluate.rolling import rolling_requests, score_documents
 from bitjax.evaluate.tasks import find_task, read_task
@@ -98,22 +98,24 @@ def test_shots_are_other_items_and_the_same_whatever_the_limit(task):
 
 def test_records_resume_without_running(scorer, task, tmp_path):
     header = {"task": "t", "model": "m"}
-    records = Records(tmp_path / "r", header)
+    records = Records(tmp_path / "r", header, Record)
     first = score_task(scorer, BYTES, task, Settings(), limit=4, records=records)
     with records.path.open("a") as file:
         file.write('{"id": "torn')
     before = scorer.tokens
-    again = Records(tmp_path / "r", header)
+    again = Records(tmp_path / "r", header, Record)
     assert score_task(scorer, BYTES, task, Settings(), limit=4, records=again) == first
     assert scorer.tokens == before
     score_task(scorer, BYTES, task, Settings(), records=again)
     assert len(again.path.read_text().splitlines()) == 7
     changed = read_task(write(tmp_path / "t.jsonl", [{**LINES[0], "query": "Other:"}]))
     with pytest.raises(ValueError, match="has a record of another item q0: the task's file"):
-        score_task(scorer, BYTES, changed, Settings(), records=Records(tmp_path / "r", header))
+        score_task(
+            scorer, BYTES, changed, Settings(), records=Records(tmp_path / "r", header, Record)
+        )
     again.path.write_text(again.path.read_text() + "{}\n")
     with pytest.raises(ValueError, match="line 8: no record of this evaluation"):
-        Records(tmp_path / "r", header)
+        Records(tmp_path / "r", header, Record)
 
 
 def test_spaces_and_beginnings():
