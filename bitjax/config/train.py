@@ -16,7 +16,7 @@ WATCHING = (
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long and how often.
+    """How long and how often, and what is learned.
 
     A step is a spike if its loss or gradient norm is NaN or infinite, or above `spike_factor` times
     the median of the last `spike_window` steps that were none. What happens then is `on_spike`:
@@ -26,6 +26,10 @@ class TrainConfig:
         rewind   the run goes back to its last checkpoint and on with data it has not seen
     """
 
+    objective: Literal["next_token", "dpo"] = "next_token"  # bitjax/train/next_token.py, dpo.py
+    loss_reduction: Literal["mean", "sum"] = "mean"  # of a step's losses in what is descended;
+    # 2B4T (arXiv 2504.12285) was tuned with sum; reports always show the mean
+    dpo_beta: float = 0.1  # of objective="dpo": how dear it is to leave the reference model
     steps: int = 1000
     batch_size: int = 32  # sequences per optimiser step, all accumulation steps together
     seq_len: int = 128  # tokens predicted per sequence
@@ -53,7 +57,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         require_positive(
-            self, "steps", "batch_size", "seq_len", "accumulate", "log_every",
+            self, "dpo_beta", "steps", "batch_size", "seq_len", "accumulate", "log_every",
             "checkpoint_every", "keep_checkpoints", "spike_window", "spike_limit",
         )  # fmt: skip
         require(self.eval_every >= 0, f"train.eval_every={self.eval_every} is negative")
@@ -61,6 +65,16 @@ class TrainConfig:
             0 <= self.quantization_warmup_steps < self.steps,
             f"train.quantization_warmup_steps={self.quantization_warmup_steps} is not from 0 to "
             f"below train.steps={self.steps}",
+        )
+        require(
+            self.objective != "dpo" or bool(self.start_from),
+            "train.objective=dpo needs train.start_from: the model to be tuned, which is also the "
+            "reference",
+        )
+        require(
+            self.objective != "dpo" or self.batch_size // self.accumulate % 2 == 0,
+            f"train.objective=dpo needs pairs: train.batch_size={self.batch_size} / "
+            f"train.accumulate={self.accumulate} is odd",
         )
         require(self.seed >= 0, f"train.seed={self.seed} is negative")
         require(
