@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from bitjax.chat.template import render
 from bitjax.config import ModelConfig
@@ -65,7 +65,7 @@ class ChatFormat:
         return self.begin(self.encode(hidden, text))
 
     @property
-    def variables(self) -> dict[str, str]:
+    def variables(self) -> dict[str, Any]:
         """What templates know besides the messages."""
         names = {i: name for name, i in self.tokenizer.control.items()}
         special = self.tokenizer.special

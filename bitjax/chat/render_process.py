@@ -1,15 +1,16 @@
 """Render one chat template, once or often, under limits of time, memory and files: run as a script.
 
 Standard input is JSON `{"template": text, "variables": [{...}, ...]}`, standard output JSON with
-`{"text": ...}` or `{"error": what it did}` for each of the variables. The environment is the one that templates are written
-for, that of `transformers`: blocks trimmed, loop controls, `raise_exception`, `strftime_now`,
-`tojson` that escapes nothing, `{% generation %}`.
+`{"text": ...}` or `{"error": what it did}` for each of the variables. The environment is the one
+that templates are written for, that of `transformers`: blocks trimmed, loop controls,
+`raise_exception`, `strftime_now`, `tojson` that escapes nothing, `{% generation %}`.
 
 Imports nothing of bitjax, to start fast.
 """
 
 import contextlib
 import datetime
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -74,7 +75,7 @@ def main() -> None:
         results = [result for _ in task["variables"]]
     else:
         template = result["text"]
-        results = [attempt(lambda v=v: rendered(v)) for v in task["variables"]]
+        results = [attempt(functools.partial(rendered, v)) for v in task["variables"]]
     sys.stdout.buffer.write(json.dumps(results).encode())
 
 

@@ -53,7 +53,7 @@ _AHEAD = 3  # batches in flight for each worker: none waits, and memory stays bo
 class Encoded:
     """A batch of documents: all ids in one array; length, bytes and part of each document.
 
-    `counted`, uint8, is 1 for the ids that are to be learned; None of a corpus that has all learned.
+    `counted`, uint8, is 1 for the ids that are to be learned; None of texts, where all are.
     """
 
     ids: np.ndarray
@@ -108,8 +108,8 @@ def _start_worker(about: Any, text: str | None, encode: Encode, config: CorpusCo
 
 
 def _encode_in_worker(batch: Sequence[Document]) -> Encoded:
-    encode, *rest = _worker
-    return encode(batch, *rest)
+    encode, tokenizer, config = _worker
+    return encode(batch, tokenizer, config)
 
 
 class PartWriter:
@@ -154,8 +154,7 @@ class PartWriter:
         if self._masks:
             names["counted_sha256"] = shard_name(self._part, number, "counted")
         self._open = [
-            (key, (self._folder / name).open("wb"), hashlib.sha256())
-            for key, name in names.items()
+            (key, (self._folder / name).open("wb"), hashlib.sha256()) for key, name in names.items()
         ]
         self.shards.append({"tokens": 0})
 
@@ -313,8 +312,8 @@ def _write(
             writer.close()
     _require_documents(parts, empty, config)
     index = {
-        "format": FORMATS[config.kind], "kind": config.kind, "dtype": dtype, "vocab_size": tokenizer.vocab_size,
-        "shard_tokens": config.shard_tokens, "tokenizer": about,
+        "format": FORMATS[config.kind], "kind": config.kind, "dtype": dtype,
+        "vocab_size": tokenizer.vocab_size, "shard_tokens": config.shard_tokens, "tokenizer": about,
         "tokenizer_sha256": hashlib.sha256(text.encode()).hexdigest() if text else None,
         "config": asdict(config), "empty": empty, "parts": parts,
     }  # fmt: skip

@@ -12,11 +12,12 @@
 
 Documents 2i and 2i + 1 of a corpus of pairs are the chosen and the rejected conversation of one.
 
-index.json: {"format": 1, or 2 with .counted files, "kind": "text" | "chat" | "pairs", "dtype": "uint8" | "uint16" | "uint32", "vocab_size": V,
-"shard_tokens": n, "tokenizer": "bytes" or its settings, "tokenizer_sha256": hex or null,
-"config": {...}, "empty": documents left out, "parts": {"train": PART, "valid": PART}} with
-PART = {"documents": n, "tokens": n, "bytes": UTF-8 bytes of the texts, "starts_sha256": hex,
-"shards": [{"tokens": n, "sha256": hex, "counted_sha256": hex, with .counted files}, ...]}.
+index.json: {"format": 1, or 2 with .counted files, "kind": "text" | "chat" | "pairs",
+"dtype": "uint8" | "uint16" | "uint32", "vocab_size": V, "shard_tokens": n, "tokenizer": "bytes" or
+its settings, "tokenizer_sha256": hex or null, "config": {...}, "empty": documents left out,
+"parts": {"train": PART, "valid": PART}} with PART = {"documents": n, "tokens": n, "bytes": UTF-8
+bytes of the texts, "starts_sha256": hex, "shards": [{"tokens": n, "sha256": hex, and with .counted
+files "counted_sha256": hex}, ...]}.
 Format 1 may leave out "kind".
 
 It has no times and no paths: the same documents, tokenizer and settings give the same bytes.
