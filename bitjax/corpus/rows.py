@@ -45,10 +45,9 @@ class Batch(NamedTuple):
 
 def joined(batches: Sequence[Batch], order: np.ndarray | slice = slice(None)) -> Batch:
     """The rows of several batches of one form, in another order."""
-    fields = [
-        None if x[0] is None else np.concatenate(x)[order] for x in zip(*batches, strict=True)
-    ]
-    return Batch(*fields)
+    tokens, *rest = zip(*batches, strict=True)
+    others = [None if x[0] is None else np.concatenate(x)[order] for x in rest]
+    return Batch(np.concatenate(tokens)[order], *others)
 
 
 class Rows(Protocol):

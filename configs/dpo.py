@@ -1,0 +1,19 @@
+import dataclasses
+
+from bitjax.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from bitjax.presets import shakespeare
+
+VOCAB_SIZE = 512
+
+
+def get_config() -> RunConfig:
+    """The tuning; `start_from` is the run of configs/sft.py."""
+    model = dataclasses.replace(shakespeare("ternary").model, vocab_size=VOCAB_SIZE)
+    optimizer = OptimizerConfig(
+        learning_rate=1e-4, stage_two_learning_rate=None, weight_decay=0.0, warmup_steps=10
+    )
+    train = TrainConfig(
+        steps=160, batch_size=16, seq_len=256, start_from="runs/sft", objective="dpo",
+        dpo_beta=0.1, eval_every=20, checkpoint_every=80,
+    )  # fmt: skip
+    return RunConfig(model, DataConfig(text="tuning/pairs"), optimizer, train)
