@@ -9,6 +9,7 @@ Command:   python experiments/tuning/dialogues.py FOLDER
 """
 
 import importlib.resources
+import itertools
 import json
 import re
 import sys
@@ -41,7 +42,7 @@ def main(folder: Path) -> None:
     speeches = [s.partition(":\n")[2].strip() for s in text.split("\n\n")]
     dialogues = [
         (before, after)
-        for before, after in zip(speeches, speeches[1:], strict=False)
+        for before, after in itertools.pairwise(speeches)
         if 0 < len(before) <= LONGEST and 0 < len(after) <= LONGEST
     ]
     folder.mkdir(parents=True, exist_ok=True)
