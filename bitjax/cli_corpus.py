@@ -88,7 +88,7 @@ def _config(arguments: argparse.Namespace, **more: Any) -> CorpusConfig:
 
 def _build(arguments: argparse.Namespace) -> None:
     from bitjax import terminal
-    from bitjax.chat import build_chat_corpus
+    from bitjax.chat.examples import build_chat_corpus
     from bitjax.corpus import build_corpus
 
     config = _config(

@@ -1,3 +1,17 @@
+"""From 16 to 1.58 bits: the second half of a run is ternary, the first is full precision.
+
+Source:    the order of training, arXiv 2502.11895 (continual quantisation-aware training); the
+           growing strength of the quantisation, "Fine-tuning LLMs to 1.58bit" (Hugging Face, 2024).
+           Rates are those of the ternary run from scratch.
+Command:   bitjax train configs/shakespeare_float.py --out runs/float --set train.steps=1000
+           bitjax train configs/continual.py --out runs/continual
+Time:      five minutes for both on two cores that others used too; as many steps as
+           configs/shakespeare.py has, and as long.
+Number:    nats per byte on 64 held-out windows, one seed: 1.629. From scratch, 2000 ternary steps:
+           1.645. Without warm-up (train.quantization_warmup_steps=0): 1.642. Half the rates with
+           warm-up: 1.642. The float run after its 1000 steps: 1.692.
+"""
+
 import dataclasses
 
 from bitjax.config import RunConfig

@@ -1,7 +1,6 @@
 """Conversations: chat templates, what of a history fits, and the terminal chat."""
 
 from bitjax.chat.conversation import ChatFormat, Conversation, Message
-from bitjax.chat.examples import build_chat_corpus
 from bitjax.chat.template import render
 
-__all__ = ["ChatFormat", "Conversation", "Message", "build_chat_corpus", "render"]
+__all__ = ["ChatFormat", "Conversation", "Message", "render"]

@@ -16,7 +16,7 @@ class DataConfig:
     text: str = ""  # path of a UTF-8 or binary file, read as bytes, or of a corpus's folder; empty:
     # the packaged Shakespeare
     documents: Literal["joined", "apart"] = "joined"  # of a corpus; apart, a token attends to its
-    # own document only, and no document's first token is predicted
+    # own document only, and no document's first token is predicted; conversations always are
     mixture: tuple[str, ...] = ()  # in the place of text: "PATH=WEIGHT" of several corpora, which
     # give sequences in these proportions
     valid_fraction: float = 0.1  # the last part of a text, never trained on; a corpus has its own

@@ -212,7 +212,7 @@ def build_corpus(
     """
     config = config or CorpusConfig()
     if (config.kind == "text") != (encode is encode_batch):
-        raise ValueError(f"a corpus of {config.kind} is built by bitjax.chat.build_chat_corpus")
+        raise ValueError(f"a corpus of {config.kind} is built by bitjax.chat.examples")
     if workers < 1:
         raise ValueError(f"workers={workers} must be 1 or more")
     if output.exists() and not overwrite:

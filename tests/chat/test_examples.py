@@ -179,7 +179,7 @@ def test_masks_are_stored_beside_the_tokens(tokenizer, built):
     with pytest.raises(ValueError, match=r"00001\.counted is damaged: its sha256"):
         Corpus(folder / "c", check=True)
     shard.write_bytes(raw)
-    with pytest.raises(ValueError, match=r"is built by bitjax\.chat.build_chat_corpus"):
+    with pytest.raises(ValueError, match=r"is built by bitjax\.chat\.examples"):
         build_corpus([folder / "a.jsonl"], folder / "d", tokenizer, config)
 
 

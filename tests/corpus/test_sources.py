@@ -99,7 +99,7 @@ def test_ids_of_32_bits_and_ids_beyond_the_vocabulary():
     assert [dtype_name(n) for n in (256, 257, 65_536, 65_537)] == [
         "uint8", "uint16", "uint16", "uint32",
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="here: the tokenizer gave token 70000; its .* has 70000"):
+    with pytest.raises(ValueError, match=r"here: the tokenizer gave token 70000; its .* has 70000"):
         encode_batch([Document("ab", "here")], Wide(70_000), CorpusConfig())
 
 
