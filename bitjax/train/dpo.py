@@ -100,7 +100,7 @@ def _write(path: Path, identity: str, arrays: list[np.ndarray]) -> None:
 
 def _read(path: Path, identity: str, pairs: list[Pairs]) -> list[np.ndarray] | None:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             said, *found = (file[f"arr_{i}"] for i in range(len(pairs) + 1))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
