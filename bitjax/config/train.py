@@ -26,10 +26,6 @@ class TrainConfig:
         rewind   the run goes back to its last checkpoint and on with data it has not seen
     """
 
-    objective: Literal["next_token", "dpo"] = "next_token"  # bitjax/train/next_token.py, dpo.py
-    loss_reduction: Literal["mean", "sum"] = "mean"  # of a step's losses in what is descended;
-    # 2B4T (arXiv 2504.12285) was tuned with sum; reports always show the mean
-    dpo_beta: float = 0.1  # of objective="dpo": how dear it is to leave the reference model
     steps: int = 1000
     batch_size: int = 32  # sequences per optimiser step, all accumulation steps together
     seq_len: int = 128  # tokens predicted per sequence
@@ -40,6 +36,10 @@ class TrainConfig:
     remat: bool = False  # blocks are computed again backwards, instead of keeping what is in them
     start_from: str = ""  # a run, or a model file of float weights, whose weights a new run starts
     # with; empty: random ones
+    objective: Literal["next_token", "dpo"] = "next_token"  # bitjax/train/next_token.py, dpo.py
+    loss_reduction: Literal["mean", "sum"] = "mean"  # of a step's losses in what is descended;
+    # 2B4T (arXiv 2504.12285) was tuned with sum; reports always show the mean
+    dpo_beta: float = 0.1  # of objective="dpo": how dear it is to leave the reference model
     seed: int = 0  # of initial weights and of the data order
     log_every: int = 10  # steps
     eval_every: int = 250  # steps; 0: only at the end
