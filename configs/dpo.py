@@ -23,7 +23,7 @@ def get_config() -> RunConfig:
         learning_rate=1e-4, stage_two_learning_rate=None, weight_decay=0.0, warmup_steps=10
     )
     train = TrainConfig(
-        steps=160, batch_size=16, seq_len=256, start_from="runs/sft", objective="dpo",
-        dpo_beta=0.1, eval_every=20, checkpoint_every=80,
+        steps=60, batch_size=16, seq_len=256, start_from="runs/sft", objective="dpo",
+        dpo_beta=0.1, eval_every=20, checkpoint_every=60,
     )  # fmt: skip
     return RunConfig(model, DataConfig(text="tuning/pairs"), optimizer, train)

@@ -12,7 +12,9 @@ Data:      python experiments/tuning/dialogues.py tuning
 Base:      bitjax train configs/shakespeare.py --out runs/base --set data.text=tuning/plays \\
                --set model.vocab_size=512 --set train.steps=800
 Command:   bitjax train configs/sft.py --out runs/sft
-@@
+Time:      54 s on two cores that others used too.
+Number:    nats per token of held-out answers: 3.635 after 50 steps, 3.589 after 100; of the
+           answers trained on 3.697 over the first ten steps.
 """
 
 import dataclasses
@@ -30,7 +32,7 @@ def get_config() -> RunConfig:
         learning_rate=1e-3, stage_two_learning_rate=None, weight_decay=0.0, warmup_steps=20
     )
     train = TrainConfig(
-        steps=400, batch_size=8, seq_len=256, start_from="runs/base", loss_reduction="sum",
-        eval_every=100, checkpoint_every=100,
+        steps=100, batch_size=8, seq_len=256, start_from="runs/base", loss_reduction="sum",
+        eval_every=50, checkpoint_every=100,
     )  # fmt: skip
     return RunConfig(model, DataConfig(text="tuning/chat"), optimizer, train)
