@@ -5,7 +5,7 @@ Source:    arXiv 2305.18290; beta 0.1 as BitNet b1.58 2B4T (arXiv 2504.12285), w
 Data:      bitjax corpus build tuning/pairs.jsonl --pairs --template tuning/template.jinja \\
                --tokenizer tuning/tokenizer.json --valid-fraction 0.1 -o tuning/pairs
 Command:   bitjax train configs/dpo.py --out runs/dpo
-@@
+Number:    not measured yet.
 """
 
 import dataclasses
