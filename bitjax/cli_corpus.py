@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from bitjax.config import CorpusConfig
+from bitjax.config import TOKENIZER_VOCAB_SIZE, CorpusConfig
 from bitjax.tokenizer import BYTES, Tokenizer
 
 
@@ -44,6 +44,20 @@ def add_corpus_commands(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", default=BYTES.name, metavar="NAME",
         help="bytes, a tokenizer.json, or a model (default: bytes)",
     )  # fmt: skip
+    kinds = build.add_mutually_exclusive_group()
+    kinds.add_argument(
+        "--chat", dest="kind", action="store_const", const="chat", default=defaults.kind,
+        help='conversations in .jsonl, {"messages": [{"role", "content"}, ...]} or {"prompt", '
+        '"completion"}, of which the answers are learned',
+    )  # fmt: skip
+    kinds.add_argument(
+        "--pairs", dest="kind", action="store_const", const="pairs",
+        help='preferences in .jsonl, {"prompt", "chosen", "rejected"}, texts or messages',
+    )  # fmt: skip
+    build.add_argument(
+        "--template", type=Path, metavar="FILE",
+        help="with --chat or --pairs: a chat template in Jinja (default: the tokenizer's own)",
+    )  # fmt: skip
     build.add_argument(
         "--valid-fraction", type=float, default=defaults.valid_fraction, metavar="F",
         help=f"of documents held out, chosen by hash (default: {defaults.valid_fraction})",
@@ -59,7 +73,10 @@ def add_corpus_commands(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     tokenizer = command("tokenizer", _tokenizer, "train a byte-level BPE tokenizer on text")
     input_arguments(tokenizer)
-    tokenizer.add_argument("--vocab-size", type=int, default=4096, metavar="V", help="(4096)")
+    tokenizer.add_argument(
+        "--vocab-size", type=int, default=TOKENIZER_VOCAB_SIZE, metavar="V",
+        help=f"most tokens it may have (default: {TOKENIZER_VOCAB_SIZE})",
+    )  # fmt: skip
     inspect = command("inspect", _inspect, "check a corpus, checksums included, and show it")
     inspect.add_argument("corpus", type=Path)
 
@@ -71,17 +88,24 @@ def _config(arguments: argparse.Namespace, **more: Any) -> CorpusConfig:
 
 def _build(arguments: argparse.Namespace) -> None:
     from bitjax import terminal
+    from bitjax.chat.examples import build_chat_corpus
     from bitjax.corpus import build_corpus
 
     config = _config(
         arguments, valid_fraction=arguments.valid_fraction, salt=arguments.salt,
-        shard_tokens=arguments.shard_tokens,
+        shard_tokens=arguments.shard_tokens, kind=arguments.kind,
     )  # fmt: skip
+    if config.kind == "text" and arguments.template is not None:
+        raise ValueError("--template is for --chat and --pairs; neither is given")
+    tokenizer, template = find_tokenizer(arguments.tokenizer), None
+    if arguments.template is not None:
+        template = arguments.template.read_text(encoding="utf-8")
     with terminal.byte_progress(arguments.output.name) as on_bytes:
-        build_corpus(
-            arguments.input, arguments.output, find_tokenizer(arguments.tokenizer), config,
-            arguments.workers, arguments.overwrite, on_bytes,
-        )  # fmt: skip
+        rest = arguments.workers, arguments.overwrite, on_bytes
+        if config.kind == "text":
+            build_corpus(arguments.input, arguments.output, tokenizer, config, *rest)
+        else:
+            build_chat_corpus(arguments.input, arguments.output, tokenizer, config, template, *rest)
     _show(arguments.output, check=False)
 
 
@@ -152,7 +176,9 @@ def _show(folder: Path, check: bool) -> None:
     columns = ("part", "documents", "tokens", "text", "bytes per token", "files")
     terminal.table(columns, rows, str(folder))
     kind = f"{corpus.tokenizer.name}, {corpus.tokenizer.vocab_size} tokens"
+    learned = "" if corpus.train.kind == "text" else ", of which answers alone are learned"
     terminal.console.print(
+        f"kind: {corpus.train.kind}{learned}\n"
         f"tokenizer: {kind}; {corpus.index['empty']} empty documents left out\n"
         f"identity: {corpus.identity}{'; every checksum is right' if check else ''}",
         soft_wrap=True,

@@ -50,13 +50,16 @@ UNUSUAL = RunConfig(
         log_every=2, eval_every=0, checkpoint_every=3, keep_checkpoints=1, keep_best=False,
         on_spike="skip", spike_factor=9.5, spike_window=7, spike_limit=3,
         log_codes=False, tensorboard=True, peak_gflops=50.5,
-        quantization_warmup_steps=4, remat=True, start_from="runs/a",
+        quantization_warmup_steps=4, remat=True, start_from="runs/a", objective="dpo",
+        loss_reduction="sum", dpo_beta=0.4,
     ),
     MeshConfig(data=3, fsdp=2, tensor=5),
 )  # fmt: skip
-# And the one that no configuration may have beside inner_norm.
+# And those that no configuration may have beside inner_norm and data.text.
 NORMS = dataclasses.replace(
-    UNUSUAL, model=dataclasses.replace(UNUSUAL.model, inner_norm=False, linear_norm_eps=1e-7)
+    UNUSUAL,
+    model=dataclasses.replace(UNUSUAL.model, inner_norm=False, linear_norm_eps=1e-7),
+    data=dataclasses.replace(UNUSUAL.data, text="", mixture=("a b=0.5", "c=2")),
 )
 
 
@@ -167,6 +170,8 @@ WRONG = {
     'Literal["silu", "relu2"]': (("gelu", None), "one of silu, relu2"),
     'Literal["linear", "cosine"]': (("square", None), "one of linear, cosine"),
     'Literal["joined", "apart"]': (("mixed", None), "one of joined, apart"),
+    'Literal["next_token", "dpo"]': (("ppo", None), "one of next_token, dpo"),
+    'Literal["mean", "sum"]': (("max", None), "one of mean, sum"),
     'Literal["stop", "skip", "rewind"]': (("pray", None), "one of stop, skip, rewind"),
     'Literal["none", "linear", "llama3"]': (("yarn", None), "one of none, linear, llama3"),
     "RopeScaling": (({}, None, ModelConfig()), "of type RopeScaling"),

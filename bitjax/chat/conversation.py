@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from bitjax.chat.template import render
 from bitjax.config import ModelConfig
@@ -60,20 +60,32 @@ class ChatFormat:
         Raises:
             ValueError: as `render`.
         """
-        hidden = _Hidden(messages, tuple(self.tokenizer.control))
+        hidden = Hidden(messages, tuple(self.tokenizer.control))
+        text = render(self.template, hidden.messages, **self.variables)
+        return self.begin(self.encode(hidden, text))
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What templates know besides the messages."""
         names = {i: name for name, i in self.tokenizer.control.items()}
         special = self.tokenizer.special
-        text = render(
-            self.template,
-            hidden.messages,
-            bos_token=names.get(special.bos, ""),  # type: ignore[arg-type]
-            eos_token=names.get(special.stop[0], "") if special.stop else "",
-        )
-        ids = []
+        return {
+            "bos_token": names.get(special.bos, ""),  # type: ignore[arg-type]
+            "eos_token": names.get(special.stop[0], "") if special.stop else "",
+        }
+
+    def encode(self, hidden: Hidden, text: str) -> list[int]:
+        """Token ids of a piece of the text that the template made of hidden messages."""
+        ids: list[int] = []
         for part, control in hidden.parts(text):
             ids += self.tokenizer.encode(part, control=control, bos=False).tolist()
+        return ids
+
+    def begin(self, ids: list[int]) -> list[int]:
+        """The tokens of a whole conversation, with bos in front where the model wants it."""
+        special = self.tokenizer.special
         if special.add_bos and special.bos is not None and ids[:1] != [special.bos]:
-            ids.insert(0, special.bos)  # templates put it themselves, or leave it to the tokenizer
+            return [special.bos, *ids]  # templates put it themselves, or leave it to the tokenizer
         return ids
 
 
@@ -86,7 +98,7 @@ def _default(tokenizer: TextTokenizer, config: ModelConfig) -> str:
     )
 
 
-class _Hidden:
+class Hidden:
     """Messages in which names of control tokens are replaced by signs that the template passes on.
 
     Args:

@@ -39,13 +39,33 @@ def render(
         ValueError: not a template, one that refuses these messages, or one that takes too long,
             too much memory or makes too much text.
     """
+    found = render_all(template, [(messages, answer)], **variables)[0]
+    if isinstance(found, ValueError):
+        raise found
+    return found
+
+
+def render_all(
+    template: str, tasks: Sequence[tuple[Sequence[Mapping[str, Any]], bool]], **variables: Any
+) -> list[str | ValueError]:
+    """The texts of several conversations, by one process: (messages, answer) of each, see `render`.
+
+    Returns:
+        For each the text, or the error that `render` would raise.
+
+    Raises:
+        ValueError: all together take too long, or the template is too long.
+    """
     if len(template) > MAX_TEMPLATE:
         raise ValueError(
             f"the chat template has {len(template):,} characters; it may have {MAX_TEMPLATE:,}"
         )
     task = {
         "template": template,
-        "variables": {"messages": list(messages), "add_generation_prompt": answer} | variables,
+        "variables": [
+            {"messages": list(messages), "add_generation_prompt": answer} | variables
+            for messages, answer in tasks
+        ],
     }
     try:
         done = subprocess.run(
@@ -57,10 +77,11 @@ def render(
     if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
         raise ValueError("the chat template took too much time")
     try:
-        result = json.loads(done.stdout)
+        results = json.loads(done.stdout)
     except ValueError:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
         raise ValueError(f"the chat template's process failed: {lines[-1]:.200}") from None
-    if "text" not in result:
-        raise ValueError(f"the chat template {result['error']}")
-    return result["text"]
+    return [
+        result["text"] if "text" in result else ValueError(f"the chat template {result['error']}")
+        for result in results
+    ]

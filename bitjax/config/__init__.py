@@ -9,7 +9,7 @@ the code (`x_BxTxD`):
     N rows (output features) and K columns (input features) of one linear layer
 """
 
-from bitjax.config.corpus import CorpusConfig
+from bitjax.config.corpus import TOKENIZER_VOCAB_SIZE, CorpusConfig, CorpusKind
 from bitjax.config.data import DataConfig
 from bitjax.config.fields import from_dict, from_json, override, to_json
 from bitjax.config.mesh import MeshConfig
@@ -26,8 +26,8 @@ from bitjax.config.run import RunConfig
 from bitjax.config.train import WATCHING, TrainConfig
 
 __all__ = [
-    "WATCHING", "ActivationQuantizer", "CacheDType", "CorpusConfig", "DType", "DataConfig",
-    "MeshConfig", "ModelConfig",
+    "TOKENIZER_VOCAB_SIZE", "WATCHING", "ActivationQuantizer", "CacheDType", "CorpusConfig",
+    "CorpusKind", "DType", "DataConfig", "MeshConfig", "ModelConfig",
     "OptimizerConfig", "RopeScaling", "RunConfig", "TrainConfig", "WeightQuantizer", "from_dict",
     "from_json", "override", "to_json",
 ]  # fmt: skip

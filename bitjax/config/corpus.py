@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from bitjax.config.fields import check_fields, require, require_positive
+
+TOKENIZER_VOCAB_SIZE = 4096  # of a tokenizer trained here, unless another is asked for
+CorpusKind = Literal["text", "chat", "pairs"]
 
 
 @dataclass(frozen=True)
 class CorpusConfig:
     """What makes two corpora of the same files differ."""
 
+    kind: CorpusKind = "text"  # chat: conversations, of which answers are learned; pairs: of two
+    # answers to each prompt the preferred one; see bitjax/chat/examples.py
     text_field: str = "text"  # of JSONL objects and table columns
     separator: str = ""  # between the documents of a text file; empty: the file is one document
     valid_fraction: float = 0.01  # of the documents, chosen by their hash; 0: none

@@ -16,7 +16,7 @@ WATCHING = (
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long and how often.
+    """How long and how often, and what is learned.
 
     A step is a spike if its loss or gradient norm is NaN or infinite, or above `spike_factor` times
     the median of the last `spike_window` steps that were none. What happens then is `on_spike`:
@@ -36,6 +36,10 @@ class TrainConfig:
     remat: bool = False  # blocks are computed again backwards, instead of keeping what is in them
     start_from: str = ""  # a run, or a model file of float weights, whose weights a new run starts
     # with; empty: random ones
+    objective: Literal["next_token", "dpo"] = "next_token"  # bitjax/train/next_token.py, dpo.py
+    loss_reduction: Literal["mean", "sum"] = "mean"  # of a step's losses in what is descended;
+    # 2B4T (arXiv 2504.12285) was tuned with sum; reports always show the mean
+    dpo_beta: float = 0.1  # of objective="dpo": how dear it is to leave the reference model
     seed: int = 0  # of initial weights and of the data order
     log_every: int = 10  # steps
     eval_every: int = 250  # steps; 0: only at the end
@@ -53,7 +57,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         require_positive(
-            self, "steps", "batch_size", "seq_len", "accumulate", "log_every",
+            self, "dpo_beta", "steps", "batch_size", "seq_len", "accumulate", "log_every",
             "checkpoint_every", "keep_checkpoints", "spike_window", "spike_limit",
         )  # fmt: skip
         require(self.eval_every >= 0, f"train.eval_every={self.eval_every} is negative")
@@ -61,6 +65,16 @@ class TrainConfig:
             0 <= self.quantization_warmup_steps < self.steps,
             f"train.quantization_warmup_steps={self.quantization_warmup_steps} is not from 0 to "
             f"below train.steps={self.steps}",
+        )
+        require(
+            self.objective != "dpo" or bool(self.start_from),
+            "train.objective=dpo needs train.start_from: the model to be tuned, which is also the "
+            "reference",
+        )
+        require(
+            self.objective != "dpo" or self.batch_size // self.accumulate % 2 == 0,
+            f"train.objective=dpo needs pairs: train.batch_size={self.batch_size} / "
+            f"train.accumulate={self.accumulate} is odd",
         )
         require(self.seed >= 0, f"train.seed={self.seed} is negative")
         require(

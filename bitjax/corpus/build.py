@@ -33,7 +33,7 @@ import numpy as np
 from bitjax.config.corpus import CorpusConfig
 from bitjax.corpus.sources import Document, find_files, read_documents
 from bitjax.corpus.store import (
-    FORMAT,
+    FORMATS,
     INDEX,
     PARTS,
     TOKENIZER,
@@ -51,12 +51,19 @@ _AHEAD = 3  # batches in flight for each worker: none waits, and memory stays bo
 
 @dataclass(frozen=True)
 class Encoded:
-    """A batch of documents: all ids in one array; length, bytes and part of each document."""
+    """A batch of documents: all ids in one array; length, bytes and part of each document.
+
+    `counted`, uint8, is 1 for the ids that are to be learned; None of texts, where all are.
+    """
 
     ids: np.ndarray
     lengths: list[int]
     sizes: list[int]
     valid: list[bool]
+    counted: np.ndarray | None = None
+
+
+Encode = Callable[[Sequence[Document], Tokenizer, CorpusConfig], Encoded]
 
 
 def is_valid(raw: bytes, config: CorpusConfig) -> bool:
@@ -92,59 +99,76 @@ def encode_batch(batch: Sequence[Document], tokenizer: Tokenizer, config: Corpus
     return Encoded(np.concatenate(ids), made.lengths, made.sizes, made.valid)
 
 
-_worker: tuple[Tokenizer, CorpusConfig]  # of a worker process, set as it starts
+_worker: tuple[Encode, Tokenizer, CorpusConfig]  # of a worker process, set as it starts
 
 
-def _start_worker(about: Any, text: str | None, config: CorpusConfig) -> None:
+def _start_worker(about: Any, text: str | None, encode: Encode, config: CorpusConfig) -> None:
     global _worker
-    _worker = restore_tokenizer(about, text, "the tokenizer"), config
+    _worker = encode, restore_tokenizer(about, text, "the tokenizer"), config
 
 
 def _encode_in_worker(batch: Sequence[Document]) -> Encoded:
-    return encode_batch(batch, *_worker)
+    encode, tokenizer, config = _worker
+    return encode(batch, tokenizer, config)
 
 
 class PartWriter:
-    """Writes one part's shards and starts, and hashes them on the way."""
+    """Writes one part's shards and starts, and hashes them on the way.
 
-    def __init__(self, folder: Path, part: str, dtype: str, shard_tokens: int) -> None:
+    With `masks` each shard has a file that says which of its tokens are counted.
+    """
+
+    def __init__(
+        self, folder: Path, part: str, dtype: str, shard_tokens: int, masks: bool = False
+    ) -> None:
         self._folder, self._part, self._shard_tokens = folder, part, shard_tokens
         self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._file: Any = None
-        self._hash = hashlib.sha256()
+        self._masks = masks
+        # Of the open shard: its sums' names in the index, files and hashes; tokens come first.
+        self._open: list[tuple[str, Any, Any]] = []
         self._lengths: list[int] = []
         self.shards: list[dict[str, Any]] = []
         self.bytes = 0
 
-    def write(self, ids: np.ndarray, size: int) -> None:
+    def write(self, ids: np.ndarray, size: int, counted: np.ndarray | None = None) -> None:
         """Append one document of `size` UTF-8 bytes."""
         self._lengths.append(len(ids))
         self.bytes += size
-        while len(ids):
-            if self._file is None:
-                path = self._folder / shard_name(self._part, len(self.shards))
-                self._file, self._hash = path.open("wb"), hashlib.sha256()
-                self.shards.append({"tokens": 0})
+        values = [ids.astype(self._dtype), *([] if counted is None else [counted.astype("u1")])]
+        while len(values[0]):
+            if not self._open:
+                self._begin_shard()
             room = self._shard_tokens - self.shards[-1]["tokens"]
-            piece = ids[:room].astype(self._dtype).tobytes()
-            self._file.write(piece)
-            self._hash.update(piece)
-            self.shards[-1]["tokens"] += len(ids[:room])
-            ids = ids[room:]
+            for (_, file, sums), array in zip(self._open, values, strict=True):
+                piece = array[:room].tobytes()
+                file.write(piece)
+                sums.update(piece)
+            self.shards[-1]["tokens"] += len(values[0][:room])
+            values = [array[room:] for array in values]
             if self.shards[-1]["tokens"] == self._shard_tokens:
                 self._finish_shard()
 
+    def _begin_shard(self) -> None:
+        number = len(self.shards)
+        names = {"sha256": shard_name(self._part, number)}
+        if self._masks:
+            names["counted_sha256"] = shard_name(self._part, number, "counted")
+        self._open = [
+            (key, (self._folder / name).open("wb"), hashlib.sha256()) for key, name in names.items()
+        ]
+        self.shards.append({"tokens": 0})
+
     def _finish_shard(self) -> None:
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self.close()
-            self.shards[-1]["sha256"] = self._hash.hexdigest()
+        for key, file, sums in self._open:
+            file.flush()
+            os.fsync(file.fileno())
+            self.shards[-1][key] = sums.hexdigest()
+        self.close()
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        for _, file, _ in self._open:
+            file.close()
+        self._open = []
 
     def finish(self) -> dict[str, Any]:
         """Write what is left; returns the part's entry in the index."""
@@ -168,6 +192,7 @@ def build_corpus(
     workers: int = 1,
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    encode: Encode = encode_batch,
 ) -> dict[str, Any]:
     """Write the corpus of all documents of `inputs` to the folder `output`; returns its index.
 
@@ -178,12 +203,16 @@ def build_corpus(
         config: see `CorpusConfig`.
         workers: processes that tokenise; 1 does it in this one.
         on_progress: told the bytes of input read, and of all.
+        encode: makes tokens of documents, in any process; of conversations and pairs see
+            `bitjax.chat.examples`.
 
     Raises:
         ValueError: inputs that cannot be read, no text in them, an empty part, or an output that
             exists.
     """
     config = config or CorpusConfig()
+    if (config.kind == "text") != (encode is encode_batch):
+        raise ValueError(f"a corpus of {config.kind} is built by bitjax.chat.examples")
     if workers < 1:
         raise ValueError(f"workers={workers} must be 1 or more")
     if output.exists() and not overwrite:
@@ -195,7 +224,10 @@ def build_corpus(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        index = _write(partial, _batches(files, config, on_progress), tokenizer, config, workers)
+        batches = _batches(files, config, on_progress)
+        index = _write(
+            partial, _encoded(batches, tokenizer, config, workers, encode), tokenizer, config
+        )
         if output.exists():
             shutil.rmtree(output)
         partial.rename(output)
@@ -229,15 +261,19 @@ def _batches(
 
 
 def _encoded(
-    batches: Iterator[list[Document]], tokenizer: Tokenizer, config: CorpusConfig, workers: int
+    batches: Iterator[list[Document]],
+    tokenizer: Tokenizer,
+    config: CorpusConfig,
+    workers: int,
+    encode: Encode,
 ) -> Iterator[Encoded]:
     """Batches tokenised, in their order."""
     if workers == 1:
-        yield from (encode_batch(batch, tokenizer, config) for batch in batches)
+        yield from (encode(batch, tokenizer, config) for batch in batches)
         return
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"),
-        _start_worker, (*describe_tokenizer(tokenizer), config),
+        _start_worker, (*describe_tokenizer(tokenizer), encode, config),
     )  # fmt: skip
     waiting: deque[Future[Encoded]] = deque()
     try:
@@ -254,32 +290,30 @@ def _encoded(
 
 
 def _write(
-    folder: Path,
-    batches: Iterator[list[Document]],
-    tokenizer: Tokenizer,
-    config: CorpusConfig,
-    workers: int,
+    folder: Path, batches: Iterator[Encoded], tokenizer: Tokenizer, config: CorpusConfig
 ) -> dict[str, Any]:
     about, text = describe_tokenizer(tokenizer)
-    dtype, empty = dtype_name(tokenizer.vocab_size), 0
-    writers = {part: PartWriter(folder, part, dtype, config.shard_tokens) for part in PARTS}
+    dtype, empty, masks = dtype_name(tokenizer.vocab_size), 0, config.kind != "text"
+    writers = {part: PartWriter(folder, part, dtype, config.shard_tokens, masks) for part in PARTS}
     try:
-        for encoded in _encoded(batches, tokenizer, config, workers):
+        for encoded in batches:
             end = np.cumsum(encoded.lengths, dtype=np.int64).tolist()
             for i, size in enumerate(encoded.sizes):
                 if not size:
                     empty += 1
                     continue
                 writer = writers["valid" if encoded.valid[i] else "train"]
-                writer.write(encoded.ids[end[i] - encoded.lengths[i] : end[i]], size)
+                mine = slice(end[i] - encoded.lengths[i], end[i])
+                counted = None if encoded.counted is None else encoded.counted[mine]
+                writer.write(encoded.ids[mine], size, counted)
         parts = {part: writer.finish() for part, writer in writers.items()}
     finally:
         for writer in writers.values():
             writer.close()
     _require_documents(parts, empty, config)
     index = {
-        "format": FORMAT, "dtype": dtype, "vocab_size": tokenizer.vocab_size,
-        "shard_tokens": config.shard_tokens, "tokenizer": about,
+        "format": FORMATS[config.kind], "kind": config.kind, "dtype": dtype,
+        "vocab_size": tokenizer.vocab_size, "shard_tokens": config.shard_tokens, "tokenizer": about,
         "tokenizer_sha256": hashlib.sha256(text.encode()).hexdigest() if text else None,
         "config": asdict(config), "empty": empty, "parts": parts,
     }  # fmt: skip

@@ -1,7 +1,8 @@
 """Documents out of files: text, JSON lines, Parquet, Arrow, and folders of them.
 
     *.txt[.gz|.xz|.zst]      UTF-8; one document, or several between a separator
-    *.jsonl[.gz|.xz|.zst]    an object on each line, its text in a field; empty lines are skipped
+    *.jsonl[.gz|.xz|.zst]    an object on each line, its text in a field; empty lines are skipped.
+                             Of conversations and pairs the object itself is the document
     *.parquet, *.arrow       a table with a column of text; *.arrow in the stream format, which is
                              how `datasets` saves to a folder
 
@@ -84,12 +85,15 @@ def read_documents(
         ValueError: what cannot be read, naming the file and the line or row.
     """
     kind = _kind(path)
+    if config.kind != "text" and kind != ".jsonl":
+        raise ValueError(f"{path} is no file of JSON lines; a corpus of {config.kind} needs them")
     if kind in (".parquet", ".arrow"):
         yield from _table(path, kind, config.text_field, on_bytes)
         return
     with open_bytes(path, on_bytes) as file:
         if kind == ".jsonl":
-            yield from _json_lines(path, file, config.text_field)
+            field = config.text_field if config.kind == "text" else None
+            yield from _json_lines(path, file, field)
         else:
             yield from _text(path, file, config.separator)
 
@@ -125,7 +129,8 @@ def _decoded(path: Path, file: IO[bytes]) -> Iterator[str]:
         position += len(raw)
 
 
-def _json_lines(path: Path, file: IO[bytes], field: str) -> Iterator[Document]:
+def _json_lines(path: Path, file: IO[bytes], field: str | None) -> Iterator[Document]:
+    """The texts of a field; without one the lines themselves."""
     number = 0
     while line := file.readline(MAX_DOCUMENT + 1):
         number += 1
@@ -141,6 +146,9 @@ def _json_lines(path: Path, file: IO[bytes], field: str) -> Iterator[Document]:
             raise ValueError(f"{where} is not JSON: {error}") from None
         if not isinstance(found, dict):
             raise ValueError(f"{where} is not an object: {found!r:.40}")
+        if field is None:
+            yield Document(line.decode().strip(), where)
+            continue
         if not isinstance(found.get(field), str):
             raise ValueError(
                 f"{where} has no text in {field!r:.40}; its fields are {_names(found)}"

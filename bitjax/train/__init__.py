@@ -3,9 +3,9 @@
 from bitjax.corpus.loader import Batch
 from bitjax.train.loop import Diverged, Interrupted, train
 from bitjax.train.metrics import Report, read_metrics
-from bitjax.train.step import Trainer, TrainState, cross_entropy
+from bitjax.train.step import Trainer, TrainState
 
 __all__ = [
-    "Batch", "Diverged", "Interrupted", "Report", "TrainState", "Trainer", "cross_entropy",
-    "read_metrics", "train",
+    "Batch", "Diverged", "Interrupted", "Report", "TrainState", "Trainer", "read_metrics",
+    "train",
 ]  # fmt: skip

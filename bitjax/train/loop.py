@@ -4,6 +4,7 @@ A run directory holds
 
     config.json          the whole configuration
     tokenizer.json       of a corpus, unless its tokens are bytes
+    reference.npz        of a run by preference (`bitjax.train.dpo`)
     metrics.jsonl        one JSON object per report (`bitjax.train.metrics`; losses in nats)
     tensorboard/         the same numbers, with `train.tensorboard`
     checkpoints/<step>/  by orbax
@@ -26,7 +27,7 @@ from pathlib import Path
 import jax
 
 from bitjax.config import RunConfig, to_json
-from bitjax.corpus.loader import Batch
+from bitjax.corpus.rows import Batch
 from bitjax.train import flops, processes
 from bitjax.train.checkpoint import Checkpoints, Position
 from bitjax.train.codes import CodeWatch, flip_rate, layer_sizes
@@ -34,9 +35,9 @@ from bitjax.train.metrics import MetricsWriter, Report, write_atomically
 from bitjax.train.signals import SignalFlag
 from bitjax.train.source import TOKENIZER, Source, open_source, tokenizer_file
 from bitjax.train.start import started
-from bitjax.train.step import Metrics, Trainer, TrainState, predictions
+from bitjax.train.step import Metrics, Params, Trainer, TrainState
 
-VALID_WINDOWS = 64  # windows of the quick validation loss during training
+VALID_WINDOWS = 64  # rows of the quick validation loss during training
 
 
 class Interrupted(Exception):
@@ -81,6 +82,9 @@ def train(
             state, position = checkpoints.restore(trainer) or (
                 _first_state(trainer, source),
                 Position(),
+            )
+            trainer.objective.prepare(
+                source.rows, source.identity, directory, _Reference(trainer, source)
             )
             if not processes.is_first():
                 return _Run(trainer, source, checkpoints, None, on_report).go(state, position, stop)
@@ -235,6 +239,11 @@ class _Run:
         rate = len(pending) * config.batch_size * config.seq_len / seconds
         peak = 1e9 * (config.peak_gflops or 0) or flops.measured_peak(config.compute_dtype)
         layers = self._codes.report(state.params) if self._codes else {}
+        valid = validate(self._trainer, state, self._valid) if evaluate else {}
+        *_, last = pending
+        measures = {name: float(last[name]) for name in self._trainer.objective.measures}
+        measures |= {f"valid_{name}": value for name, value in valid.items()}
+        measures.pop("loss")
         report = Report(
             step=step,
             steps=config.steps,
@@ -246,7 +255,8 @@ class _Run:
             mfu=rate * flops.flops_per_token(model, config.seq_len) / peak,
             peak_gflops=peak / 1e9,
             seconds_left=(config.steps - step) * seconds / len(pending),
-            valid_loss=validation_loss(self._trainer, state, self._valid) if evaluate else None,
+            valid_loss=measures.pop("valid_loss", None),
+            measures=measures or None,
             spikes=_spikes(pending) or None,
             rewinds=self._rewinds or None,
             flip_rate=flip_rate(layers, layer_sizes(self._trainer.model(state.params))),
@@ -257,6 +267,21 @@ class _Run:
             self._on_report(report)
         self._pending, self._clock = [], time.perf_counter()
         return report
+
+
+class _Reference:
+    """Log-likelihoods under the model that a run starts from, which is read when asked first."""
+
+    def __init__(self, trainer: Trainer, source: Source) -> None:
+        self._trainer, self._source = trainer, source
+        self._params: Params | None = None
+
+    def __call__(self, batch: Batch) -> jax.Array:
+        """Float32 `[B]`, of the counted tokens of each row."""
+        if self._params is None:
+            self._params = _first_state(self._trainer, self._source).params
+        placed = self._trainer.place_batch(batch, cut=False)
+        return self._trainer.likelihoods(self._params, placed)
 
 
 def _first_state(trainer: Trainer, source: Source) -> TrainState:
@@ -281,13 +306,14 @@ def _require_finite(pending: list[Metrics], step: int) -> None:
             )
 
 
-def validation_loss(trainer: Trainer, state: TrainState, windows: Batch) -> float:
-    """Mean loss in nats per predicted token over windows `[n, T + 1]`."""
-    size = trainer.config.train.batch_size
-    total, count = 0.0, 0
-    for first in range(0, len(windows.tokens), size):
-        part = jax.tree.map(lambda x, first=first: x[first : first + size], windows)
-        predicted = int(predictions(part))
-        total += float(trainer.loss(state.params, trainer.place_batch(part, cut=False))) * predicted
-        count += predicted
-    return total / max(count, 1)
+def validate(trainer: Trainer, state: TrainState, rows: Batch) -> dict[str, float]:
+    """The objective's measures, each its mean over the items of all rows `[n, T + 1]`."""
+    size, objective = trainer.config.train.batch_size, trainer.objective
+    totals, count = dict.fromkeys(objective.measures, 0.0), 0
+    for first in range(0, len(rows.tokens), size):
+        part = jax.tree.map(lambda x, first=first: x[first : first + size], rows)
+        items = int(objective.items(part))
+        means = trainer.means(state.params, trainer.place_batch(part, cut=False))
+        totals = {name: total + float(means[name]) * items for name, total in totals.items()}
+        count += items
+    return {name: total / max(count, 1) for name, total in totals.items()}

@@ -32,6 +32,8 @@ class Report:
         spikes: steps since the last report whose update was not applied.
         rewinds: since the run began, where there were any.
         flip_rate: fraction of all quantised weights whose code differs from the last report's.
+        measures: what the objective reports besides its loss, of the last step, and with `valid_`
+            before the name of the held-out rows: `reward_margin`, `valid_reward_margin`, ...
         layers: layer -> fractions of codes and flips (`bitjax.train.codes.LAYER_FIELDS`).
     """
 
@@ -49,12 +51,14 @@ class Report:
     spikes: int | None = None
     rewinds: int | None = None
     flip_rate: float | None = None
+    measures: dict[str, float] | None = None
     layers: dict[str, dict[str, float]] | None = None
 
     def record(self) -> dict[str, Any]:
         """The line of `metrics.jsonl`."""
-        skipped = ("steps", "seconds_left")
-        return {k: v for k, v in vars(self).items() if k not in skipped and v is not None}
+        skipped = ("steps", "seconds_left", "measures")
+        found = {k: v for k, v in vars(self).items() if k not in skipped and v is not None}
+        return found | (self.measures or {})
 
 
 class MetricsWriter:

@@ -1,4 +1,4 @@
-"""The pure training step: (state, batch) -> (state, metrics), and the loss it descends."""
+"""The pure training step: (state, batch) -> (state, metrics), and how losses become gradients."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bitjax.config import RunConfig
-from bitjax.corpus.loader import Batch
+from bitjax.corpus.rows import Batch
 from bitjax.model import Transformer, abstract_model, bit_linears
 from bitjax.train import processes, spikes
+from bitjax.train.next_token import predicted
+from bitjax.train.objective import make_objective
 from bitjax.train.optimizer import learning_rate, make_optimizer
 from bitjax.train.sharding import batch_sharding, make_mesh, state_shardings
 
@@ -41,30 +43,6 @@ class TrainState:
     guard: spikes.Guard | None = None
 
 
-def cross_entropy(
-    logits_BxTxV: jax.Array, targets_BxT: jax.Array, counted_BxT: jax.Array | None = None
-) -> jax.Array:
-    """Mean next-token cross-entropy in nats, float32, over all targets or those that count."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits_BxTxV, targets_BxT)
-    if counted_BxT is None:
-        return losses.mean()
-    return losses.sum(where=counted_BxT) / jnp.maximum(counted_BxT.sum(), 1)
-
-
-def predicted(batch: Batch) -> jax.Array | None:
-    """Bool `[B, T]`, which next tokens are of the same document; None if all count."""
-    if batch.segments is None:
-        return None
-    segments = jnp.asarray(batch.segments)
-    return segments[:, 1:] == segments[:, :-1]
-
-
-def predictions(batch: Batch) -> jax.Array | int:
-    """How many next tokens count."""
-    counted = predicted(batch)
-    return batch.tokens[:, 1:].size if counted is None else counted.sum()
-
-
 def quantization_strength(step: jax.typing.ArrayLike, warmup_steps: int) -> jax.Array:
     """Lambda at a step: `min(1, step / warmup_steps)`, and 1 without a warm-up.
 
@@ -78,6 +56,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
+        self.objective = make_objective(config.train)
         self.graph = nnx.graphdef(abstract_model(config.model, config.train.compute_dtype))
         self.optimizer = make_optimizer(config.optimizer, config.train.steps)
         self.learning_rate = learning_rate(config.optimizer, config.train.steps)
@@ -94,7 +73,9 @@ class Trainer:
         self.step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]] = jax.jit(
             self._step, donate_argnums=0, **spread
         )
-        self.loss: Callable[[Params, Batch], jax.Array] = jax.jit(self._loss)
+        # Of the finished model: mean measures of a batch, and [B] log-likelihoods of its rows.
+        self.means: Callable[[Params, Batch], Metrics] = jax.jit(self._means)
+        self.likelihoods: Callable[[Params, Batch], jax.Array] = jax.jit(self._likelihoods)
 
     def init(self) -> TrainState:
         """The state before the first step, a function of the seed alone: no mesh changes it.
@@ -130,8 +111,8 @@ class Trainer:
         """The model with these parameters."""
         return nnx.merge(self.graph, params)
 
-    def _loss(self, params: Params, batch: Batch, strength: jax.Array | None = None) -> jax.Array:
-        """With `strength` of the quantisation; without, that of the finished model."""
+    def _losses(self, params: Params, batch: Batch, strength: jax.Array | None) -> jax.Array:
+        """Float32 `[B, T]`, negative log-likelihoods of the next tokens in nats."""
         model = self.model(params)
         model.remat = self.config.train.remat
         if strength is not None:
@@ -140,33 +121,62 @@ class Trainer:
         tokens = jnp.asarray(batch.tokens)
         segments = None if batch.segments is None else jnp.asarray(batch.segments)[:, :-1]
         logits = model(tokens[:, :-1], segments)
-        return cross_entropy(logits, tokens[:, 1:], predicted(batch))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+
+    def _likelihoods(self, params: Params, batch: Batch) -> jax.Array:
+        losses_BxT = self._losses(params, batch, None)
+        return -losses_BxT.sum(axis=1, where=predicted(batch))
+
+    def _sums(
+        self, params: Params, batch: Batch, strength: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        """With `strength` of the quantisation; without, those of the finished model."""
+        return self.objective.sums(self._losses(params, batch, strength), batch)
+
+    def _means(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
+        items = jnp.maximum(self.objective.items(batch), 1)
+        return {name: total / items for name, total in self._sums(params, batch).items()}
 
     def _gradients(
         self, params: Params, batch: Batch, strength: jax.Array | None = None
-    ) -> tuple[jax.Array, Params]:
-        """Loss and gradients of the whole batch, in `accumulate` equal parts."""
+    ) -> tuple[dict[str, jax.Array], Params]:
+        """Mean measures, and gradients, of the whole batch, in `accumulate` equal parts.
+
+        The gradients are of the losses' mean or sum over the batch: every part's sum is scaled by
+        what the whole batch has.
+        """
         parts = self.config.train.accumulate
+        items = jnp.maximum(self.objective.items(batch), 1)
+        scale = 1.0 if self.config.train.loss_reduction == "sum" else 1.0 / items
+
+        def scaled(params: Params, part: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+            sums = self._sums(params, part, strength)
+            return sums["loss"] * scale, sums
+
+        def found(part: Batch) -> tuple[dict[str, jax.Array], Params]:
+            (_, sums), gradients = jax.value_and_grad(scaled, has_aux=True)(params, part)
+            return sums, gradients
+
         if parts == 1:
-            return jax.value_and_grad(self._loss)(params, batch, strength)
-
-        def add(total: Any, part: Batch) -> tuple[Any, None]:
-            found = jax.value_and_grad(self._loss)(params, part, strength)
-            share = predictions(part) / predictions(batch)
-            return jax.tree.map(lambda sum_, x: sum_ + x * share, total, found), None
-
-        zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-        cut = jax.tree.map(lambda x: x.reshape(parts, -1, x.shape[1]), batch)
-        return jax.lax.scan(add, zeros, cut)[0]
+            sums, gradients = found(batch)
+        else:
+            zero = {name: jnp.zeros((), jnp.float32) for name in self.objective.measures}
+            cut = jax.tree.map(lambda x: x.reshape(parts, -1, x.shape[1]), batch)
+            (sums, gradients), _ = jax.lax.scan(
+                lambda total, part: (jax.tree.map(jnp.add, total, found(part)), None),
+                (zero, jax.tree.map(jnp.zeros_like, params)), cut,
+            )  # fmt: skip
+        return {name: total / items for name, total in sums.items()}, gradients
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         warmup = self.config.train.quantization_warmup_steps
         strength = quantization_strength(state.step, warmup) if warmup else None
-        loss, gradients = self._gradients(state.params, batch, strength)
+        means, gradients = self._gradients(state.params, batch, strength)
+        loss = means["loss"]
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
-            "loss": loss,
+            **means,
             "gradient_norm": optax.tree.norm(gradients),
             "update_norm": optax.tree.norm(updates),
             "learning_rate": self.learning_rate(state.step),

@@ -117,7 +117,7 @@ def test_kill_9_and_resume_gives_bit_identical_losses(config, tmp_path):
 def test_the_checkpoint_of_the_lowest_validation_loss_is_kept(config, tmp_path, monkeypatch):
     """Measured at 3, 6, 9 and 12; 3 is no step of `checkpoint_every`."""
     measured = iter([2.0, 3.0, 2.5, 2.25])
-    monkeypatch.setattr("bitjax.train.loop.validation_loss", lambda *_: next(measured))
+    monkeypatch.setattr("bitjax.train.loop.validate", lambda *_: {"loss": next(measured)})
     train(override(config, ["train.eval_every=3"]), tmp_path / "run")
     names = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == [3, 8, 12]

@@ -7,8 +7,8 @@ import pytest
 from tiny import tiny_config
 
 from bitjax.config import OptimizerConfig, RunConfig, TrainConfig
-from bitjax.train import Batch, Trainer, cross_entropy
-from bitjax.train.step import predictions, quantization_strength
+from bitjax.train import Batch, Trainer
+from bitjax.train.step import quantization_strength
 
 
 def config(**train):
@@ -25,13 +25,15 @@ BATCH = Batch(np.random.default_rng(0).integers(0, 32, (4, 9)).astype(np.int32))
 SEGMENTS = np.array([[1] * 9, [1] * 4 + [2] * 5, [1] * 2 + [2] * 6 + [3], [1] + [2] * 8], np.int32)
 
 
-def test_cross_entropy_is_the_mean_negative_log_likelihood():
-    logits = np.random.default_rng(1).standard_normal((2, 3, 5))
-    targets = np.array([[0, 4, 2], [1, 1, 3]])
+def test_the_loss_is_the_mean_negative_log_likelihood():
+    trainer = Trainer(config())
+    params = trainer.init().params
+    logits = np.asarray(trainer.model(params)(jnp.asarray(BATCH.tokens[:, :-1])), np.float64)
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    wanted = -np.log(np.take_along_axis(p, targets[..., None], -1)).mean()
-    found = cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(targets))
-    assert float(found) == pytest.approx(wanted, rel=1e-6)
+    nll = -np.log(np.take_along_axis(p, BATCH.tokens[:, 1:, None], -1)[..., 0])
+    assert float(trainer.means(params, BATCH)["loss"]) == pytest.approx(nll.mean(), rel=1e-5)
+    found = np.asarray(trainer.likelihoods(params, BATCH))
+    np.testing.assert_allclose(found, -nll.sum(axis=1), rtol=1e-5)
 
 
 def test_one_step_of_a_fixed_model_gives_the_pinned_metrics():
@@ -58,7 +60,7 @@ def test_accumulated_gradients_equal_the_whole_batch(segments):
     state, batch = whole.init(), Batch(BATCH.tokens, segments)
     loss, gradients = jax.jit(whole._gradients)(state.params, batch)
     loss_parts, gradients_parts = jax.jit(parts._gradients)(state.params, batch)
-    assert float(loss) == pytest.approx(float(loss_parts), rel=1e-6)
+    assert float(loss["loss"]) == pytest.approx(float(loss_parts["loss"]), rel=1e-6)
     for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(gradients_parts), strict=True):
         # Four partial sums in another order, on gradients of order 0.1.
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-6)
@@ -70,18 +72,18 @@ def test_documents_apart_are_as_alone():
     model = tiny_config(vocab_size=32, activations="float")
     trainer = Trainer(dataclasses.replace(config(), model=model))
     params = trainer.init().params
-    found = float(trainer.loss(params, Batch(BATCH.tokens, SEGMENTS)))
+    found = float(trainer.means(params, Batch(BATCH.tokens, SEGMENTS))["loss"])
     total, count = 0.0, 0
     for row, segments in zip(BATCH.tokens, SEGMENTS, strict=True):
         for document in np.unique(segments):
             tokens = row[segments == document][None]
             if tokens.shape[1] > 1:
                 n = tokens.shape[1] - 1
-                total += float(trainer.loss(params, Batch(tokens))) * n
+                total += float(trainer.means(params, Batch(tokens))["loss"]) * n
                 count += n
-    assert count == int(predictions(Batch(BATCH.tokens, SEGMENTS))) == 8 + 7 + 6 + 7
+    assert count == int(trainer.objective.items(Batch(BATCH.tokens, SEGMENTS))) == 8 + 7 + 6 + 7
     assert found == pytest.approx(total / count, rel=1e-5)
-    assert found != pytest.approx(float(trainer.loss(params, BATCH)), rel=1e-3)
+    assert found != pytest.approx(float(trainer.means(params, BATCH)["loss"]), rel=1e-3)
 
 
 def test_state_is_donated_and_compiled_once():
@@ -141,8 +143,8 @@ def test_a_warm_up_starts_at_the_full_precision_twin_and_ends_quantised():
     twin = dataclasses.replace(trainer.config, model=trainer.config.model.full_precision_twin())
     state = trainer.init()
     wanted = (
-        float(Trainer(twin).loss(state.params, BATCH)),
-        float(trainer.loss(state.params, BATCH)),
+        float(Trainer(twin).means(state.params, BATCH)["loss"]),
+        float(trainer.means(state.params, BATCH)["loss"]),
     )
     later = jax.tree.map(jnp.copy, dataclasses.replace(state, step=jnp.int32(2)))
     _, first = trainer.step(state, BATCH)

@@ -1,0 +1,15 @@
+"""The full-precision twin of `shakespeare.py`: what `continual.py` starts from.
+
+Source of the recipe: a sweep of constant-decay schedules on this text; b1.58's two tricks (two
+stages, no late weight decay) do not help float models.
+
+Command:   bitjax train configs/shakespeare_float.py --out runs/float
+"""
+
+from bitjax.config import RunConfig
+from bitjax.presets import shakespeare
+
+
+def get_config() -> RunConfig:
+    """The float arm of `bitjax demo`."""
+    return shakespeare("float")
