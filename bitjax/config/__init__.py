@@ -23,11 +23,11 @@ from bitjax.config.model import (
 )
 from bitjax.config.optimizer import OptimizerConfig
 from bitjax.config.run import RunConfig
-from bitjax.config.train import WATCHING, TrainConfig
+from bitjax.config.train import WATCHING, Products, TrainConfig
 
 __all__ = [
     "WATCHING", "ActivationQuantizer", "CacheDType", "CorpusConfig", "DType", "DataConfig",
     "MeshConfig", "ModelConfig",
-    "OptimizerConfig", "RopeScaling", "RunConfig", "TrainConfig", "WeightQuantizer", "from_dict",
+    "OptimizerConfig", "Products", "RopeScaling", "RunConfig", "TrainConfig", "WeightQuantizer", "from_dict",
     "from_json", "override", "to_json",
 ]  # fmt: skip

@@ -1,8 +1,9 @@
-"""The pure training step: (state, batch) -> (state, metrics), and the loss it descends."""
+"""The pure training step: (state, batch) -> (state, metrics)."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from bitjax.config import RunConfig
 from bitjax.corpus.loader import Batch
-from bitjax.model import Transformer, abstract_model, bit_linears
+from bitjax.model import Transformer, abstract_model, bit_linears, float_logits
+from bitjax.ops.training import require_available
 from bitjax.train import processes, spikes
+from bitjax.train.loss import next_token_loss
 from bitjax.train.optimizer import learning_rate, make_optimizer
 from bitjax.train.sharding import batch_sharding, make_mesh, state_shardings
 
@@ -39,16 +42,6 @@ class TrainState:
     params: Params
     opt_state: Any
     guard: spikes.Guard | None = None
-
-
-def cross_entropy(
-    logits_BxTxV: jax.Array, targets_BxT: jax.Array, counted_BxT: jax.Array | None = None
-) -> jax.Array:
-    """Mean next-token cross-entropy in nats, float32, over all targets or those that count."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits_BxTxV, targets_BxT)
-    if counted_BxT is None:
-        return losses.mean()
-    return losses.sum(where=counted_BxT) / jnp.maximum(counted_BxT.sum(), 1)
 
 
 def predicted(batch: Batch) -> jax.Array | None:
@@ -78,6 +71,8 @@ class Trainer:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
+        if config.train.products == "integer":
+            require_available()
         self.graph = nnx.graphdef(abstract_model(config.model, config.train.compute_dtype))
         self.optimizer = make_optimizer(config.optimizer, config.train.steps)
         self.learning_rate = learning_rate(config.optimizer, config.train.steps)
@@ -134,13 +129,13 @@ class Trainer:
         """With `strength` of the quantisation; without, that of the finished model."""
         model = self.model(params)
         model.remat = self.config.train.remat
-        if strength is not None:
-            for _, layer in bit_linears(model):
-                layer.strength = strength
+        for _, layer in bit_linears(model):
+            layer.strength, layer.products = strength, self.config.train.products
         tokens = jnp.asarray(batch.tokens)
         segments = None if batch.segments is None else jnp.asarray(batch.segments)[:, :-1]
-        logits = model(tokens[:, :-1], segments)
-        return cross_entropy(logits, tokens[:, 1:], predicted(batch))
+        hidden, table = model.before_head(tokens[:, :-1], segments)
+        head = functools.partial(float_logits, dtype=model.dtype)
+        return next_token_loss(head, hidden, table, tokens[:, 1:], predicted(batch))
 
     def _gradients(
         self, params: Params, batch: Batch, strength: jax.Array | None = None

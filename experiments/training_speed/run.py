@@ -34,6 +34,7 @@ SIZES = {"1M": (128, 6, 16), "6M": (256, 7, 16), "27M": (512, 8, 8)}
 VARIANTS = {
     "bitjax float32": {},
     "bitjax float32, full precision": {"twin": True},
+    "bitjax integer": {"products": "integer"},
     "torch float32": {},
     "torch float32, compiled": {"compile": True},
     "torch bfloat16": {"autocast": True},
