@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from bitjax.allocator import reuse_freed_memory
 from bitjax.config import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 
 HERE = Path(__file__).parent
@@ -139,6 +140,7 @@ def make_step(variant: str, size: str) -> Step:
 
 def work(variant: str, size: str) -> None:
     """A worker: for every line of input, "seconds", takes steps and answers in JSON."""
+    reuse_freed_memory()  # as `bitjax train` does; the same for PyTorch, whom it helps too
     step = make_step(variant, size)
     losses = [step() for _ in range(3)]
     print(json.dumps({"losses": losses}), flush=True)
