@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from bitjax.allocator import reuse_freed_memory
+from bitjax.bench.machine import machine
 from bitjax.config import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 
 HERE = Path(__file__).parent
@@ -41,6 +42,16 @@ VARIANTS = {
     "torch bfloat16": {"autocast": True},
     "torch bfloat16, compiled": {"autocast": True, "compile": True},
 }  # fmt: skip
+TORCH_F32 = ("torch float32", "torch float32, compiled")
+TORCH_BF16 = ("torch bfloat16", "torch bfloat16, compiled")
+# Times as fast as the best of others.
+COMPARISONS = [
+    ("**float32 / torch's best float32**", "bitjax float32", TORCH_F32),
+    ("**integer / torch's best float32**", "bitjax integer", TORCH_F32),
+    ("**integer / torch's best bfloat16**", "bitjax integer", TORCH_BF16),
+    ("**float32 / our full precision**", "bitjax float32", ("bitjax float32, full precision",)),
+    ("**integer / our full precision**", "bitjax integer", ("bitjax float32, full precision",)),
+]
 Step = Callable[[], float]  # takes one step; returns its loss
 
 
@@ -142,7 +153,7 @@ def work(variant: str, size: str) -> None:
     """A worker: for every line of input, "seconds", takes steps and answers in JSON."""
     reuse_freed_memory()  # as `bitjax train` does; the same for PyTorch, whom it helps too
     step = make_step(variant, size)
-    losses = [step() for _ in range(3)]
+    losses = [step() for _ in range(2)]
     print(json.dumps({"losses": losses}), flush=True)
     for line in sys.stdin:
         started, taken = time.perf_counter(), 0
@@ -155,15 +166,14 @@ def work(variant: str, size: str) -> None:
 
 def measure(size: str, variants: list[str], rounds: int, seconds: float) -> dict[str, Any]:
     """Seconds a step, round by round, and the losses of the first steps, for each variant."""
-    workers = {}
-    for variant in variants:
+    workers, found = {}, {}
+    for variant in variants:  # one after the other: spinning threads of two would share cores
         command = [sys.executable, __file__, "--worker", variant, "--sizes", size]
         pipe = subprocess.PIPE
         workers[variant] = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
-    found: dict[str, Any] = {
-        v: {"losses": json.loads(w.stdout.readline())["losses"], "seconds": []}
-        for v, w in workers.items()
-    }
+        losses = json.loads(workers[variant].stdout.readline())["losses"]
+        found[variant] = {"losses": losses, "seconds": []}
+        print(f"{size}, {variant}: warm, losses {losses}", flush=True)
     order = random.Random(0)
     for _ in range(rounds):
         for variant in order.sample(variants, len(variants)):
@@ -172,6 +182,7 @@ def measure(size: str, variants: list[str], rounds: int, seconds: float) -> dict
             worker.stdin.flush()
             answer = json.loads(worker.stdout.readline())
             found[variant]["seconds"].append(answer["seconds"] / answer["steps"])
+            print(f"{size}, {variant}: {found[variant]['seconds'][-1]:.3f} s a step", flush=True)
             time.sleep(0.02)  # for threads that spin to sleep
     for worker in workers.values():
         worker.stdin.close()
@@ -220,6 +231,16 @@ def table(results: dict[str, Any]) -> str:
             cells.append(f"{tokens / statistics.median(s):,.0f} ({tokens / max(s):,.0f}-"
                          f"{tokens / min(s):,.0f})")  # fmt: skip
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    for name, variant, against in COMPARISONS:
+        cells = []
+        for found in results["sizes"].values():
+            others = [v for v in found if v in against]
+            if variant not in found or not others:
+                cells.append("")
+                continue
+            r = ratios(found, variant, others)
+            cells.append(f"{statistics.median(r):.2f} ({min(r):.2f}-{max(r):.2f})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -247,14 +268,24 @@ def main() -> None:
         for size in arguments.sizes:
             check(size)
         return None
-    results = {
-        "sizes": {
-            size: measure(size, arguments.variants, arguments.rounds, arguments.seconds)
-            for size in arguments.sizes
-        }
-    }
-    print(table(results))
+    path = HERE / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {"sizes": {}}
+    results["machine"] = machine()
+    for size in arguments.sizes:
+        found = measure(size, arguments.variants, arguments.rounds, arguments.seconds)
+        results["sizes"][size] = found
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    publish(results)
     return None
+
+
+def publish(results: dict[str, Any]) -> None:
+    """Rewrite the table beside this file."""
+    text = table(results)
+    print(text)
+    readme = HERE / "README.md"
+    before, _, rest = readme.read_text().partition(START)
+    readme.write_text(f"{before}{START}\n{text}\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":
