@@ -40,6 +40,5 @@ class RunConfig:
         )  # fmt: skip
         require(
             self.train.products == "xla" or mesh.devices == 1,
-            "train.products='integer' runs on one device; the mesh has "
-            f"{mesh.devices}",
+            f"train.products='integer' runs on one device; the mesh has {mesh.devices}",
         )

@@ -45,9 +45,7 @@ def bit_product(x_MxK: jax.Array, w_NxK: jax.Array, w_scale_N: jax.Array) -> jax
     return ffi.train_forward(x_MxK, w_NxK, w_scale_N)[0]
 
 
-def _forward(
-    x_MxK: jax.Array, w_NxK: jax.Array, w_scale_N: jax.Array
-) -> tuple[jax.Array, _Kept]:
+def _forward(x_MxK: jax.Array, w_NxK: jax.Array, w_scale_N: jax.Array) -> tuple[jax.Array, _Kept]:
     y, q, x_scale = ffi.train_forward(x_MxK, w_NxK, w_scale_N)
     return y, (q, x_scale, w_NxK, w_scale_N)
 
@@ -62,9 +60,7 @@ bit_product.defvjp(_forward, _backward)
 
 
 @jax.custom_vjp
-def bit_product_reference(
-    x_MxK: jax.Array, w_NxK: jax.Array, w_scale_N: jax.Array
-) -> jax.Array:
+def bit_product_reference(x_MxK: jax.Array, w_NxK: jax.Array, w_scale_N: jax.Array) -> jax.Array:
     """`bit_product` in pure JAX: any backend."""
     return _reference_forward(x_MxK, w_NxK, w_scale_N)[0]
 
@@ -77,9 +73,7 @@ def _reference_forward(
     return sums * (x_scale * w_scale_N[None, :]), (q, x_scale[:, 0], w_NxK, w_scale_N)
 
 
-def _reference_backward(
-    kept: _Kept, dy_MxN: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _reference_backward(kept: _Kept, dy_MxN: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     q, x_scale, w, w_scale = kept
 
     def rounded(scale: jax.Array) -> jax.Array:

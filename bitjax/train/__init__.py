@@ -2,8 +2,8 @@
 
 from bitjax.corpus.loader import Batch
 from bitjax.train.loop import Diverged, Interrupted, train
-from bitjax.train.metrics import Report, read_metrics
 from bitjax.train.loss import cross_entropy
+from bitjax.train.metrics import Report, read_metrics
 from bitjax.train.step import Trainer, TrainState
 
 __all__ = [

@@ -247,9 +247,7 @@ def table(results: dict[str, Any]) -> str:
 def ratios(found: dict[str, Any], variant: str, against: list[str]) -> list[float]:
     """How many times as fast as the best of others (by median), round by round."""
     best = min(against, key=lambda v: statistics.median(found[v]["seconds"]))
-    return [
-        b / a for a, b in zip(found[variant]["seconds"], found[best]["seconds"], strict=True)
-    ]
+    return [b / a for a, b in zip(found[variant]["seconds"], found[best]["seconds"], strict=True)]
 
 
 def main() -> None:
