@@ -27,7 +27,6 @@ from bitjax.config.train import WATCHING, Products, TrainConfig
 
 __all__ = [
     "WATCHING", "ActivationQuantizer", "CacheDType", "CorpusConfig", "DType", "DataConfig",
-    "MeshConfig", "ModelConfig",
-    "OptimizerConfig", "Products", "RopeScaling", "RunConfig", "TrainConfig", "WeightQuantizer", "from_dict",
-    "from_json", "override", "to_json",
+    "MeshConfig", "ModelConfig", "OptimizerConfig", "Products", "RopeScaling", "RunConfig",
+    "TrainConfig", "WeightQuantizer", "from_dict", "from_json", "override", "to_json",
 ]  # fmt: skip

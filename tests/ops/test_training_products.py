@@ -29,8 +29,8 @@ def bf16(x):
 
 
 # Remainders of tiles (6 x 64), strips (48), chunks (192 rows), passes (256 groups), odd depths.
-SHAPES = [(1, 1, 1), (7, 64, 64), (5, 3, 65), (193, 130, 49), (0, 8, 4), (1, 1100, 3), (1030, 66, 5),
-          (13, 6, 530)]  # fmt: skip
+SHAPES = [(1, 1, 1), (7, 64, 64), (5, 3, 65), (193, 130, 49), (0, 8, 4), (1, 1100, 3),
+          (1030, 66, 5), (13, 6, 530)]  # fmt: skip
 
 
 @needs_instructions
@@ -112,7 +112,7 @@ def test_a_row_that_is_not_finite_makes_its_outputs_nan():
 def test_wrong_operands_are_refused(change, message):
     given = {"x": np.ones((2, 8), np.float32), "w": np.ones((4, 8), np.float32),
              "w_scale": np.ones(4, np.float32)} | change  # fmt: skip
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match=message):
         jax.block_until_ready(ffi.train_forward(*given.values()))
 
 
