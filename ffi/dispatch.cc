@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "training.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #elif defined(__aarch64__) && defined(__linux__)
@@ -58,6 +60,8 @@ bool cpu_has_avx512vnni() {
   const bool vnni = bit(leaf7.ecx, 11);
   return cpu_has_avx2() && has_all(os_saved_state(), kZmmState) && f && bw && vl && vnni;
 }
+
+[[maybe_unused]] bool cpu_has_avx512bf16() { return cpu_has_avx512vnni() && bit(Cpuid(7, 1).eax, 5); }
 
 #elif defined(__aarch64__) && defined(__linux__)
 
@@ -185,6 +189,15 @@ const AttentionKernel& active_attention() {
   for (const Entry& entry : entries())
     if (name == entry.kernel.name) return entry.attention;
   return entries().back().attention;  // not reached: active kernels are among the entries
+}
+
+const TrainingKernel* training_kernel() {
+#ifdef BITJAX_HAVE_AVX512BF16
+  static const TrainingKernel kernel = avx512bf16_training();
+  return cpu_has_avx512bf16() ? &kernel : nullptr;
+#else
+  return nullptr;
+#endif
 }
 
 void force_kernel(const std::string& name) {

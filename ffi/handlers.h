@@ -16,6 +16,7 @@ struct Registration {
 extern const Registration kMatmulRegistrations[2];
 extern const Registration kAttentionRegistrations[2];
 extern const Registration kHeadRegistrations[1];
+extern const Registration kTrainingRegistrations[2];
 
 }  // namespace bitjax
 

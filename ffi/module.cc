@@ -16,6 +16,7 @@
 #include "kernel.h"
 #include "packed_format.h"
 #include "parallel.h"
+#include "training.h"
 
 namespace nb = nanobind;
 
@@ -29,6 +30,7 @@ nb::dict registrations() {
   for (const bitjax::Registration& entry : bitjax::kMatmulRegistrations) add(entry);
   for (const bitjax::Registration& entry : bitjax::kAttentionRegistrations) add(entry);
   for (const bitjax::Registration& entry : bitjax::kHeadRegistrations) add(entry);
+  for (const bitjax::Registration& entry : bitjax::kTrainingRegistrations) add(entry);
   return result;
 }
 
@@ -47,6 +49,9 @@ NB_MODULE(_ffi, m) {
   m.def(
       "active_kernel", [] { return std::string(bitjax::active_kernel().name); },
       "The kernel that products use now.");
+  m.def(
+      "training_products", [] { return bitjax::training_kernel() != nullptr; },
+      "Whether this machine can run the products of a training step.");
   m.def(
       "force_kernel",
       [](const std::optional<std::string>& name) {

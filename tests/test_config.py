@@ -61,6 +61,9 @@ NORMS = dataclasses.replace(
     model=dataclasses.replace(UNUSUAL.model, inner_norm=False, linear_norm_eps=1e-7),
     data=dataclasses.replace(UNUSUAL.data, text="", mixture=("a b=0.5", "c=2")),
 )
+# And what goes with neither bfloat16, nor a warm-up, nor a mesh.
+PRODUCTS = RunConfig(train=TrainConfig(products="integer"))
+ALL = (RunConfig(), UNUSUAL, NORMS, PRODUCTS)
 
 
 def part(config, section):
@@ -70,7 +73,7 @@ def part(config, section):
 def test_unusual_covers_every_field():
     for section in SECTIONS:
         for field in dataclasses.fields(part(RunConfig(), section)):
-            values = {getattr(part(c, section), field.name) for c in (RunConfig(), UNUSUAL, NORMS)}
+            values = {getattr(part(c, section), field.name) for c in ALL}
             assert len(values) == 2, f"{section}.{field.name}"
 
 
@@ -81,7 +84,7 @@ def plain(value):
     return [plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-@pytest.mark.parametrize("config", [RunConfig(), UNUSUAL, NORMS, ModelConfig(), UNUSUAL.optimizer])
+@pytest.mark.parametrize("config", [*ALL, ModelConfig(), UNUSUAL.optimizer])
 def test_json_round_trip(config):
     text = to_json(config)
     assert from_json(type(config), text) == config
@@ -162,6 +165,7 @@ WRONG = {
     "float | None": (("1", True, float("nan"), float("inf")), "of type float or None"),
     "bool": ((0, 1, "true", None), "of type bool"),
     "str": ((b"x", None, 3), "of type str"),
+    "Products": ((3, "float32"), "one of xla, integer"),
     "DType": (("float16", None, 32), "one of float32, bfloat16"),
     "WeightQuantizer": (("int4", None, []),
                         "one of ternary, ternary_median, ternary_learned, binary, float"),
@@ -260,6 +264,19 @@ def test_positive(section, field, value):
         (OptimizerConfig, {"b2": 1.0}, r"optimizer.b2 is not in \[0, 1\)"),
         (OptimizerConfig, {"stage_two_at": 0.0}, r"optimizer.stage_two_at is not in \(0, 1\]"),
         (OptimizerConfig, {"stage_two_at": 1.1}, r"optimizer.stage_two_at is not in \(0, 1\]"),
+        (TrainConfig, {"products": "integer", "compute_dtype": "bfloat16"},
+         "train.products='integer' wants train.compute_dtype='float32' and "
+         "train.quantization_warmup_steps=0; got 'bfloat16' and 0"),
+        (TrainConfig, {"products": "integer", "quantization_warmup_steps": 2},
+         "train.products='integer' wants train.compute_dtype='float32' and "
+         "train.quantization_warmup_steps=0; got 'float32' and 2"),
+        (RunConfig, {"train": TrainConfig(products="integer"),
+                     "model": ModelConfig(activations="int4")},
+         "train.products='integer' wants quantised weights with a scale a tensor or row, and int8 "
+         "activations; got model.weights='ternary', model.weight_scale='tensor', "
+         "model.activations='int4'"),
+        (RunConfig, {"train": TrainConfig(products="integer"), "mesh": MeshConfig(data=2)},
+         "train.products='integer' runs on one device; the mesh has 2"),
         (TrainConfig, {"eval_every": -1}, "train.eval_every=-1 is negative"),
         (TrainConfig, {"seed": -1}, "train.seed=-1 is negative"),
         (TrainConfig, {"batch_size": 10, "accumulate": 4},

@@ -23,11 +23,11 @@ from bitjax.config.model import (
 )
 from bitjax.config.optimizer import OptimizerConfig
 from bitjax.config.run import RunConfig
-from bitjax.config.train import WATCHING, TrainConfig
+from bitjax.config.train import WATCHING, Products, TrainConfig
 
 __all__ = [
     "TOKENIZER_VOCAB_SIZE", "WATCHING", "ActivationQuantizer", "CacheDType", "CorpusConfig",
-    "CorpusKind", "DType", "DataConfig", "MeshConfig", "ModelConfig",
-    "OptimizerConfig", "RopeScaling", "RunConfig", "TrainConfig", "WeightQuantizer", "from_dict",
+    "CorpusKind", "DType", "DataConfig", "MeshConfig", "ModelConfig", "OptimizerConfig",
+    "Products", "RopeScaling", "RunConfig", "TrainConfig", "WeightQuantizer", "from_dict",
     "from_json", "override", "to_json",
 ]  # fmt: skip

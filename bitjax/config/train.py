@@ -8,6 +8,8 @@ from typing import Literal
 from bitjax.config.fields import check_fields, require, require_positive
 from bitjax.config.model import DType
 
+Products = Literal["xla", "integer"]
+
 # Settings that change nothing a run computes: they may differ from those it was started with.
 WATCHING = (
     "keep_checkpoints", "keep_best", "log_codes", "tensorboard", "peak_gflops", "remat",
@@ -31,6 +33,8 @@ class TrainConfig:
     seq_len: int = 128  # tokens predicted per sequence
     accumulate: int = 1  # gradient accumulation steps; divides batch_size
     compute_dtype: DType = "float32"  # of activations; master weights are always float32
+    products: Products = "xla"  # of quantised layers. integer: on CPUs with AVX-512 BF16 and VNNI,
+    # exact forward; backward with gradients rounded to bfloat16 (bitjax/ops/training.py)
     quantization_warmup_steps: int = 0  # lambda grows from 0 to 1 over as many: x + lambda (q(x) -
     # x) for weights and activations, so that a full-precision model becomes a quantised one
     remat: bool = False  # blocks are computed again backwards, instead of keeping what is in them
@@ -75,6 +79,13 @@ class TrainConfig:
             self.objective != "dpo" or self.batch_size // self.accumulate % 2 == 0,
             f"train.objective=dpo needs pairs: train.batch_size={self.batch_size} / "
             f"train.accumulate={self.accumulate} is odd",
+        )
+        require(
+            self.products == "xla"
+            or (self.compute_dtype, self.quantization_warmup_steps) == ("float32", 0),
+            "train.products='integer' wants train.compute_dtype='float32' and "
+            "train.quantization_warmup_steps=0; got "
+            f"{self.compute_dtype!r} and {self.quantization_warmup_steps}",
         )
         require(self.seed >= 0, f"train.seed={self.seed} is negative")
         require(

@@ -7,11 +7,12 @@ from bitjax.model.transformer import (
     Transformer,
     abstract_model,
     bit_linears,
+    float_logits,
     layers_matching,
     parameter_count,
 )
 
 __all__ = [
     "BitLinear", "Cache", "KVCache", "RMSNorm", "Transformer", "abstract_model", "bit_linears",
-    "layers_matching", "parameter_count",
+    "float_logits", "layers_matching", "parameter_count",
 ]  # fmt: skip

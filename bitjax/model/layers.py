@@ -17,8 +17,9 @@ import numpy as np
 from flax import nnx
 
 from bitjax import ops
-from bitjax.config import ModelConfig, RopeScaling
+from bitjax.config import ModelConfig, Products, RopeScaling
 from bitjax.ops import reference
+from bitjax.ops.training import bit_product
 from bitjax.packing import PackedWeights
 from bitjax.quant import (
     ACTIVATION_QUANTIZERS,
@@ -109,6 +110,7 @@ class BitLinear(nnx.Module):
         self.weights = config.weights
         self.activations = config.activations
         self.impl: ops.Impl = "auto"
+        self.products: Products = "xla"  # of float master weights; not stored either
         self.fuse = True  # a packed product takes gate, norm and residual into its custom call
 
     def __call__(
@@ -163,6 +165,10 @@ class BitLinear(nnx.Module):
             return ops.dequantized_matmul(x, weight, self.impl)
         return ops.packed_matmul(x, weight, impl=self.impl)
 
+    def has_integer_product(self) -> bool:
+        """Whether its codes are such as `bitjax.ops.training` takes."""
+        return self.activations == "int8" and self.weights != "float" and self.strength is None
+
     def make_float(self) -> None:
         """Take away quantisers, transform and learned scale."""
         self.weights = self.activations = "float"
@@ -189,6 +195,10 @@ class BitLinear(nnx.Module):
         x = x.reshape(-1, shape[-1])  # one matrix product: XLA transposes less on CPU
         if self.hadamard:
             x = hadamard(x)
+        if self.products == "integer" and self.has_integer_product() and w_scale is not None:
+            scale_N = jnp.broadcast_to(w_scale.reshape(-1), (len(w_NxK),))
+            y = bit_product(x.astype(jnp.float32), w_NxK, scale_N).astype(dtype)
+            return y.reshape(*shape[:-1], -1)
         if self.activations != "float":
             quantized = ACTIVATION_QUANTIZERS[self.activations](x)
             if self.strength is not None:

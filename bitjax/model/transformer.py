@@ -95,9 +95,21 @@ class Transformer(nnx.Module):
         With segments (int32, the document of each token) a token sees its own document only;
         rotary positions, which attention takes differences of, count on.
         """
+        return self.logits(self._hidden(tokens_BxT, segments_BxT))
+
+    def before_head(
+        self, tokens_BxT: jax.Array, segments_BxT: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """What `__call__` makes logits of: hidden states `[B, T, D]` and the float table `[V, D]`.
+
+        `float_logits` makes them, of all positions or a part.
+        """
+        table_VxD = (self.embedding if self.head is None else self.head).get_value()
+        return self._hidden(tokens_BxT, segments_BxT), table_VxD
+
+    def _hidden(self, tokens_BxT: jax.Array, segments_BxT: jax.Array | None) -> jax.Array:
         positions_BxT = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)
-        hidden_BxTxD, _ = self.extend(tokens_BxT, positions_BxT, None, segments_BxT)
-        return self.logits(hidden_BxTxD)
+        return self.extend(tokens_BxT, positions_BxT, None, segments_BxT)[0]
 
     def extend(
         self,
@@ -141,10 +153,7 @@ class Transformer(nnx.Module):
         table_VxD = (self.embedding if self.head is None else self.head).get_value()
         if isinstance(table_VxD, PackedWeights):
             return ops.packed_matmul(hidden.astype(jnp.float32), table_VxD, impl=self.impl)
-        return jax.lax.dot_general(
-            hidden, table_VxD.astype(self.dtype), (((hidden.ndim - 1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        return float_logits(hidden, table_VxD, self.dtype)
 
     def next_logits(self, hidden: jax.Array, ranks: jax.Array) -> jax.Array:
         """`logits` of which only the largest need be exact: all of them without a screen.
@@ -165,6 +174,14 @@ class Transformer(nnx.Module):
             KVCache.empty(batch, length, self.config, jnp.dtype(dtype or self.dtype))
             for _ in range(self.config.num_layers)
         )
+
+
+def float_logits(hidden: jax.Array, table_VxD: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Float32 logits `[..., V]` of hidden states `[..., D]`, multiplied in `dtype`."""
+    return jax.lax.dot_general(
+        hidden, table_VxD.astype(dtype), (((hidden.ndim - 1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnums=0)

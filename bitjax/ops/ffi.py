@@ -237,3 +237,64 @@ def screened_logits(
         screen.spreads, screen.norms, ranks.reshape(rows),
     )  # fmt: skip
     return logits.reshape(*lead, V), computed.reshape(lead)
+
+
+def training_products() -> bool:
+    """Whether this machine can run `train_forward` and `train_backward`."""
+    return bool(_load().training_products())
+
+
+def train_forward(
+    x_MxK: jax.Array, w_NxK: jax.Array, w_scale_N: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`bitjax.ops.training`'s forward pass: y float32 `[M, N]`, q int8 `[M, K']`, scales `[M]`.
+
+    K' is K rounded up to 64; q is zero there.
+    """
+    _load()
+    (M, K), N = x_MxK.shape, len(w_NxK)
+    padded = -(-K // _ROW) * _ROW
+    scratch = _panel_bytes(N, -(-K // 4)) + 4 * M
+    call = jax.ffi.ffi_call(
+        "bitjax_train_forward",
+        (
+            jax.ShapeDtypeStruct((M, N), jnp.float32),
+            jax.ShapeDtypeStruct((M, padded), jnp.int8),
+            jax.ShapeDtypeStruct((M,), jnp.float32),
+            jax.ShapeDtypeStruct((scratch,), jnp.uint8),
+        ),
+        vmap_method="sequential",
+    )
+    y, q, x_scale, _ = call(x_MxK, w_NxK, w_scale_N)
+    return y, q, x_scale
+
+
+def train_backward(
+    dy_MxN: jax.Array, q: jax.Array, x_scale_M: jax.Array, w_NxK: jax.Array, w_scale_N: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`bitjax.ops.training`'s backward pass: dx `[M, K]` and `bf16(dy * s_x).T @ q`, `[N, K]`."""
+    _load()
+    (M, N), K = dy_MxN.shape, w_NxK.shape[1]
+    m, n = -(-M // 2), -(-N // 2)
+    rows = -(-M * n * 4 // 64) * 64
+    strips = -(-N // _STRIP) * _STRIP * m * 4
+    call = jax.ffi.ffi_call(
+        "bitjax_train_backward",
+        (
+            jax.ShapeDtypeStruct((M, K), jnp.float32),
+            jax.ShapeDtypeStruct((N, K), jnp.float32),
+            jax.ShapeDtypeStruct(
+                (rows + strips + _panel_bytes(K, n) + _panel_bytes(K, m),), jnp.uint8
+            ),
+        ),
+        vmap_method="sequential",
+    )
+    dx, dw, _ = call(dy_MxN, q, x_scale_M, w_NxK, w_scale_N)
+    return dx, dw
+
+
+_ROW, _PANEL, _STRIP = 64, 64, 48  # kRowPadding, kPanelColumns, kStripRows of ffi/
+
+
+def _panel_bytes(columns: int, groups: int) -> int:
+    return -(-columns // _PANEL) * _PANEL * groups * 4

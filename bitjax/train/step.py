@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from bitjax.config import RunConfig
 from bitjax.corpus.rows import Batch
-from bitjax.model import Transformer, abstract_model, bit_linears
+from bitjax.model import Transformer, abstract_model, bit_linears, float_logits
+from bitjax.ops.training import require_available
 from bitjax.train import processes, spikes
+from bitjax.train.loss import next_token_losses
 from bitjax.train.next_token import predicted
 from bitjax.train.objective import make_objective
 from bitjax.train.optimizer import learning_rate, make_optimizer
@@ -56,6 +59,8 @@ class Trainer:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
+        if config.train.products == "integer":
+            require_available()
         self.objective = make_objective(config.train)
         self.graph = nnx.graphdef(abstract_model(config.model, config.train.compute_dtype))
         self.optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -115,13 +120,13 @@ class Trainer:
         """Float32 `[B, T]`, negative log-likelihoods of the next tokens in nats."""
         model = self.model(params)
         model.remat = self.config.train.remat
-        if strength is not None:
-            for _, layer in bit_linears(model):
-                layer.strength = strength
+        for _, layer in bit_linears(model):
+            layer.strength, layer.products = strength, self.config.train.products
         tokens = jnp.asarray(batch.tokens)
         segments = None if batch.segments is None else jnp.asarray(batch.segments)[:, :-1]
-        logits = model(tokens[:, :-1], segments)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+        hidden, table = model.before_head(tokens[:, :-1], segments)
+        head = functools.partial(float_logits, dtype=model.dtype)
+        return next_token_losses(head, hidden, table, tokens[:, 1:])
 
     def _likelihoods(self, params: Params, batch: Batch) -> jax.Array:
         losses_BxT = self._losses(params, batch, None)

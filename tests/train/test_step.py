@@ -7,6 +7,7 @@ import pytest
 from tiny import tiny_config
 
 from bitjax.config import OptimizerConfig, RunConfig, TrainConfig
+from bitjax.ops import ffi
 from bitjax.train import Batch, Trainer
 from bitjax.train.step import quantization_strength
 
@@ -152,3 +153,26 @@ def test_a_warm_up_starts_at_the_full_precision_twin_and_ends_quantised():
     assert abs(wanted[0] - wanted[1]) > 1e-3  # else the test could not tell
     assert float(first["loss"]) == pytest.approx(wanted[0], rel=1e-5)
     assert float(last["loss"]) == pytest.approx(wanted[1], rel=1e-6)
+
+
+@pytest.mark.skipif(
+    not ffi.available() or not ffi.training_products(), reason="no AVX-512 BF16 and VNNI here"
+)
+def test_integer_products_give_the_loss_to_the_bit_and_gradients_to_bfloat16():
+    found = {}
+    for products in ("xla", "integer"):
+        trainer = Trainer(config(products=products))
+        params = trainer.init().params
+        step = jax.value_and_grad(lambda x, t=trainer: t.means(x, BATCH)["loss"])
+        compiled = jax.jit(step).lower(params)
+        assert ("bitjax_train_backward" in compiled.as_text()) == (products == "integer")
+        found[products] = compiled.compile()(params)
+    loss, gradients = found["integer"]
+    wanted, expected = found["xla"]
+    np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
+        assert jnp.linalg.norm(a - b) <= 2.0**-8 * 4 * jnp.linalg.norm(b)
+    assert any(
+        (np.asarray(a) != np.asarray(b)).any()
+        for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True)
+    )
