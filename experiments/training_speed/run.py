@@ -202,7 +202,7 @@ def check(size: str) -> None:
     trainer = Trainer(config)
     batch = Batch(jax.numpy.asarray(tokens_of(config)[:2]))
     params = trainer.init().params
-    loss, gradients = jax.jit(jax.value_and_grad(trainer._loss))(params, batch)
+    loss, gradients = jax.jit(jax.value_and_grad(lambda p: trainer.means(p, batch)["loss"]))(params)
     model = torch_model_of(config)
     theirs = model(torch.tensor(np.asarray(batch.tokens), dtype=torch.long))
     theirs.backward()
