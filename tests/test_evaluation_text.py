@@ -75,12 +75,13 @@ def run(*arguments):
     return main(["eval", *map(str, arguments)])
 
 
-def test_command_line(folder, capsys, tmp_path):
+def test_command_line(folder, capsys, tmp_path, monkeypatch):
     model = folder / "m.safetensors"
-    arguments = ["--text", folder / "a.txt", "--documents", "--separator", "\\n"]
+    monkeypatch.chdir(folder)  # a short name, which is not cut into lines
+    arguments = ["--text", "a.txt", "--documents", "--separator", "\\n"]
     assert run(model, *arguments) == 0
-    assert "1 document " in capsys.readouterr().out
-    assert run(model, "--text", folder / "corpus") == 0
+    assert "a.txt, 1 document " in capsys.readouterr().out
+    assert run(model, "--text", "corpus") == 0
     assert "corpus, valid" in capsys.readouterr().out
     bytes_, empty = tmp_path / "bytes", tmp_path / "empty"
     build_corpus([folder / "a.txt"], bytes_, BYTES, CorpusConfig(valid_fraction=0))
