@@ -29,3 +29,10 @@ class RunConfig:
             f"train.seq_len={self.train.seq_len} exceeds "
             f"model.max_seq_len={self.model.max_seq_len}",
         )
+        for name in ("weights", "activations"):
+            require(
+                self.train.stochastic_rounding not in (name, "both")
+                or getattr(self.model, name) != "float",
+                f"train.stochastic_rounding={self.train.stochastic_rounding!r} rounds {name}, and "
+                f"model.{name}='float' are never rounded",
+            )

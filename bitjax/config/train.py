@@ -33,6 +33,8 @@ class TrainConfig:
     compute_dtype: DType = "float32"  # of activations; master weights are always float32
     quantization_warmup_steps: int = 0  # lambda grows from 0 to 1 over as many: x + lambda (q(x) -
     # x) for weights and activations, so that a full-precision model becomes a quantised one
+    stochastic_rounding: Literal["none", "weights", "activations", "both"] = "none"  # of what is
+    # quantised, drawn anew at each step; evaluation always rounds to nearest
     remat: bool = False  # blocks are computed again backwards, instead of keeping what is in them
     start_from: str = ""  # a run, or a model file of float weights, whose weights a new run starts
     # with; empty: random ones

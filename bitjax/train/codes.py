@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bitjax.model import Transformer, bit_linears
-from bitjax.quant import WEIGHT_QUANTIZERS
 from bitjax.train import processes
 
 Codes = dict[str, jax.Array]  # layer -> int8 [N, K]
@@ -69,9 +68,7 @@ def layer_sizes(model: Transformer) -> dict[str, int]:
 
 def _codes(model: Transformer) -> Codes:
     return {
-        name: WEIGHT_QUANTIZERS[layer.weights](layer.weight[...], layer.segments).codes.astype(
-            jnp.int8
-        )
+        name: layer.quantized().codes.astype(jnp.int8)
         for name, layer in bit_linears(model)
         if layer.weights != "float"
     }

@@ -53,6 +53,24 @@ def test_fractions_and_flips_are_numpys():
     assert watched.report(states[2]) == layers
 
 
+@pytest.mark.parametrize("changes", [{"weight_scale": "row"}, {"weights": "ternary_learned"}])
+def test_codes_are_those_of_the_forward_pass(changes):
+    """With scales of rows, and a learned one that has moved to three times its beginning."""
+    model = tiny_model(num_layers=1, **changes)
+    layer = model.blocks[0].ffn.gate_up
+    weight = np.asarray(layer.weight[...], np.float64)
+    size = np.abs(weight).mean(axis=1, keepdims=True)
+    if layer.learned_scale is not None:
+        layer.learned_scale.set_value(3 * layer.learned_scale[...])
+        size = 3 * np.abs(weight.reshape(2, -1)).mean(axis=1).repeat(24)[:, None]
+    params = nnx.state(model, nnx.Param)
+    found = list(watch(model, params).report(params)["blocks.0.ffn.gate_up"].values())[:3]
+    codes = np.clip(np.rint(weight / size), -1, 1)
+    np.testing.assert_allclose(found, [(codes == c).mean() for c in (-1, 0, 1)], atol=2e-7)
+    usual = absmean_codes(weight, (24, 24))
+    assert (codes != usual).mean() > 0.02
+
+
 def test_a_full_precision_model_has_none():
     model = tiny_model(num_layers=1, weights="float", activations="float")
     params = nnx.state(model, nnx.Param)
