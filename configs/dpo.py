@@ -1,8 +1,8 @@
-"""Direct preference optimisation: the model of configs/sft.py learns to say you for thou.
+r"""Direct preference optimisation: the model of configs/sft.py learns to say you for thou.
 
 Source:    arXiv 2305.18290; beta 0.1 as BitNet b1.58 2B4T (arXiv 2504.12285), whose rate of 2e-7
            is for a model 2000 times as large.
-Data:      bitjax corpus build tuning/pairs.jsonl --pairs --template tuning/template.jinja \\
+Data:      bitjax corpus build tuning/pairs.jsonl --pairs --template tuning/template.jinja \
                --tokenizer tuning/tokenizer.json --valid-fraction 0.1 -o tuning/pairs
 Command:   bitjax train configs/dpo.py --out runs/dpo
 Number:    not measured yet.

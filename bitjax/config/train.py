@@ -10,7 +10,7 @@ from bitjax.config.model import DType
 
 # Settings that change nothing a run computes: they may differ from those it was started with.
 WATCHING = (
-    "keep_checkpoints", "keep_best", "log_codes", "tensorboard", "peak_gflops", "remat",
+    "keep_checkpoints", "keep_best", "log_codes", "tensorboard", "wandb", "peak_gflops", "remat",
 )  # fmt: skip
 
 
@@ -52,8 +52,10 @@ class TrainConfig:
     spike_factor: float | None = None  # None: only NaN and infinity are spikes
     spike_window: int = 32  # steps; nothing finite is a spike before there were as many
     spike_limit: int = 10  # the run stops at so many skips or rewinds in a row
-    log_codes: bool = True  # fractions of -1, 0, 1 and flip rate of every layer at each report
+    log_codes: bool = True  # fractions of -1, 0, 1, flip rate and the inputs' absmax of every layer
+    # at each report
     tensorboard: bool = False  # metrics to DIR/tensorboard as well
+    wandb: str = ""  # a project of Weights & Biases, which gets them too; empty: none
     peak_gflops: float | None = None  # what MFU is a fraction of; None: measured once a process
 
     def __post_init__(self) -> None:

@@ -78,6 +78,8 @@ class BitLinear(nnx.Module):
     Attributes:
         strength: lambda of the quantisation warm-up, a scalar in 0..1 (`Quantized.softened`); None
             is full quantisation. Not stored: whoever schedules it sets it.
+        watched: whether `absmax` is noted.
+        absmax: the largest magnitude of what the last call quantised, a scalar; see `watched`.
         weight_key, activation_key: for stochastic rounding; None rounds to nearest. Not stored
             either.
     """
@@ -101,6 +103,8 @@ class BitLinear(nnx.Module):
         self.strength: jax.Array | None = nnx.data(None)
         self.weight_key: jax.Array | None = nnx.data(None)
         self.activation_key: jax.Array | None = nnx.data(None)
+        self.watched = False
+        self.absmax: jax.Array | None = nnx.data(None)
         self.hadamard = transform and config.hadamard
         norm: RMSNorm | RMSNorms | None = None
         if config.inner_norm:
@@ -195,6 +199,11 @@ class BitLinear(nnx.Module):
         x = x.reshape(-1, shape[-1])  # one matrix product: XLA transposes less on CPU
         if self.hadamard:
             x = hadamard(x)
+        if self.watched:
+            largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
+            # Of stacked matrices with their own norms, the largest of all.
+            before = self.absmax if segment else None
+            self.absmax = largest if before is None else jnp.maximum(largest, before)
         if self.activations != "float":
             key = self.activation_key
             key = None if key is None else jax.random.fold_in(key, segment)

@@ -107,14 +107,6 @@ def test_a_layers_outputs_average_to_those_of_its_clipped_weights(both, params):
     np.testing.assert_array_less(np.abs(found.mean(axis=0) - x @ w.T), 5 * spread)
 
 
-def test_rematerialised_blocks_draw_the_same(both, params):
-    remat = Trainer(override(both.config, ["train.remat=true"]))
-    how = at(2, "both")
-    found = [jax.jit(t._gradients)(params, BATCH, how)[1] for t in (both, remat)]
-    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-5)
-
-
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(bytes(np.random.default_rng(0).integers(97, 110, 4000, dtype=np.uint8)))
