@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from tiny import tiny_config
 
-from bitjax.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig, override
+from bitjax.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from bitjax.model import bit_linears
 from bitjax.train import Batch, Interrupted, Trainer, train
 from bitjax.train.step import FINISHED, Quantizing
