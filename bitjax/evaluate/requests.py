@@ -210,7 +210,7 @@ class RequestScorer:
         self, model: Transformer, batch_tokens: int = BATCH_TOKENS, share: bool = True
     ) -> None:
         graph, self._params = nnx.split(model)
-        self.longest = model.config.max_seq_len
+        self.longest, self._vocab_size = model.config.max_seq_len, model.config.vocab_size
         self.batch_tokens, self._share = batch_tokens, share
         self.tokens = 0
         self.shapes: set[tuple[int, int]] = set()
@@ -242,7 +242,18 @@ class RequestScorer:
         return [found[i] for i in range(len(requests))]
 
     def stream(self, requests: Sequence[Request]) -> Iterator[dict[int, Score]]:
-        """Scores by the requests' indices, a batch at a time, the longest sequences first."""
+        """Scores by the requests' indices, a batch at a time, the longest rows first.
+
+        Raises:
+            ValueError: a token that the model does not have.
+        """
+        for request in requests:
+            low, high = int(request.tokens.min()), int(request.tokens.max())
+            if low < 0 or high >= self._vocab_size:
+                raise ValueError(
+                    f"a request holds token {low if low < 0 else high}; the model has "
+                    f"{self._vocab_size}"
+                )
         alike: dict[bytes, list[int]] = {}
         for i, request in enumerate(requests):
             alike.setdefault(request.tokens[:-1].tobytes(), []).append(i)

@@ -103,3 +103,10 @@ def test_a_row_holds_no_more_than_the_context(model):
     scorer.score(asked)
     assert max(length for _, length in scorer.shapes) <= 48
     assert scorer.tokens == 2 * (20 + 2 * 11)
+
+
+@pytest.mark.parametrize("token", [-1, 256])
+def test_tokens_beyond_the_vocabulary(token):
+    scorer = RequestScorer(tiny_model(num_layers=1))
+    with pytest.raises(ValueError, match=f"^a request holds token {token}; the model has 256$"):
+        scorer.score([Request(np.array([1, token, 2], np.int32), 1)])
