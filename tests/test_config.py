@@ -49,9 +49,9 @@ UNUSUAL = RunConfig(
         steps=7, batch_size=6, seq_len=77, accumulate=3, compute_dtype="bfloat16", seed=5,
         log_every=2, eval_every=0, checkpoint_every=3, keep_checkpoints=1, keep_best=False,
         on_spike="skip", spike_factor=9.5, spike_window=7, spike_limit=3,
-        log_codes=False, tensorboard=True, peak_gflops=50.5,
+        log_codes=False, tensorboard=True, wandb="ladder", peak_gflops=50.5,
         quantization_warmup_steps=4, remat=True, start_from="runs/a", objective="dpo",
-        loss_reduction="sum", dpo_beta=0.4,
+        loss_reduction="sum", dpo_beta=0.4, stochastic_rounding="weights",
     ),
     MeshConfig(data=3, fsdp=2, tensor=5),
 )  # fmt: skip
@@ -175,6 +175,9 @@ WRONG = {
     'Literal["linear", "cosine"]': (("square", None), "one of linear, cosine"),
     'Literal["joined", "apart"]': (("mixed", None), "one of joined, apart"),
     'Literal["next_token", "dpo"]': (("ppo", None), "one of next_token, dpo"),
+    'Literal["none", "weights", "activations", "both"]': (
+        ("all", None), "one of none, weights, activations, both",
+    ),
     'Literal["mean", "sum"]': (("max", None), "one of mean, sum"),
     'Literal["stop", "skip", "rewind"]': (("pray", None), "one of stop, skip, rewind"),
     'Literal["none", "linear", "llama3"]': (("yarn", None), "one of none, linear, llama3"),

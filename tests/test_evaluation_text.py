@@ -88,10 +88,17 @@ def test_command_line(folder, capsys, tmp_path, monkeypatch):
     build_corpus(
         [folder / "a.txt"], empty, small_tokenizer(add_bos=True), CorpusConfig(valid_fraction=0)
     )
+    nothing, binary = tmp_path / "nothing.txt", tmp_path / "binary.txt"
+    nothing.touch()
+    binary.write_bytes(b"a\xff\0b")
     for arguments, message in (
         (["--text", bytes_], "has other tokens than the model; score its text"),
         (["--text", empty], "empty, valid holds 0 tokens; build it with --valid-fraction"),
         (["--documents", "--stride", 3], "--documents has neither"),
+        (["--text", nothing], "nothing.txt is empty"),
+        (["--text", nothing, "--documents"], "1 documents hold nothing to score"),
+        (["--text", binary], "binary.txt is not UTF-8"),
+        (["--text", binary, "--documents"], "binary.txt is not UTF-8: byte 1"),
         (["--text", folder / "none.txt", "--documents"], "none.txt: there is no such file"),
         (["--text", folder / "a.jsonl", "--documents"], "has no text in 'text'"),
     ):

@@ -42,3 +42,10 @@ class RunConfig:
             self.train.products == "xla" or mesh.devices == 1,
             f"train.products='integer' runs on one device; the mesh has {mesh.devices}",
         )
+        for name in ("weights", "activations"):
+            require(
+                self.train.stochastic_rounding not in (name, "both")
+                or getattr(self.model, name) != "float",
+                f"train.stochastic_rounding={self.train.stochastic_rounding!r} rounds {name}, and "
+                f"model.{name}='float' are never rounded",
+            )

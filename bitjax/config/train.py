@@ -12,7 +12,7 @@ Products = Literal["xla", "integer"]
 
 # Settings that change nothing a run computes: they may differ from those it was started with.
 WATCHING = (
-    "keep_checkpoints", "keep_best", "log_codes", "tensorboard", "peak_gflops", "remat",
+    "keep_checkpoints", "keep_best", "log_codes", "tensorboard", "wandb", "peak_gflops", "remat",
 )  # fmt: skip
 
 
@@ -37,6 +37,8 @@ class TrainConfig:
     # exact forward; backward with gradients rounded to bfloat16 (bitjax/ops/training.py)
     quantization_warmup_steps: int = 0  # lambda grows from 0 to 1 over as many: x + lambda (q(x) -
     # x) for weights and activations, so that a full-precision model becomes a quantised one
+    stochastic_rounding: Literal["none", "weights", "activations", "both"] = "none"  # of what is
+    # quantised, drawn anew at each step; evaluation always rounds to nearest
     remat: bool = False  # blocks are computed again backwards, instead of keeping what is in them
     start_from: str = ""  # a run, or a model file of float weights, whose weights a new run starts
     # with; empty: random ones
@@ -54,8 +56,10 @@ class TrainConfig:
     spike_factor: float | None = None  # None: only NaN and infinity are spikes
     spike_window: int = 32  # steps; nothing finite is a spike before there were as many
     spike_limit: int = 10  # the run stops at so many skips or rewinds in a row
-    log_codes: bool = True  # fractions of -1, 0, 1 and flip rate of every layer at each report
+    log_codes: bool = True  # fractions of -1, 0, 1, flip rate and the inputs' absmax of every layer
+    # at each report
     tensorboard: bool = False  # metrics to DIR/tensorboard as well
+    wandb: str = ""  # a project of Weights & Biases, which gets them too; empty: none
     peak_gflops: float | None = None  # what MFU is a fraction of; None: measured once a process
 
     def __post_init__(self) -> None:
@@ -86,6 +90,11 @@ class TrainConfig:
             "train.products='integer' wants train.compute_dtype='float32' and "
             "train.quantization_warmup_steps=0; got "
             f"{self.compute_dtype!r} and {self.quantization_warmup_steps}",
+        )
+        require(
+            self.products == "xla" or self.stochastic_rounding not in ("activations", "both"),
+            "train.products='integer' rounds activations to nearest; got "
+            f"train.stochastic_rounding={self.stochastic_rounding!r}",
         )
         require(self.seed >= 0, f"train.seed={self.seed} is negative")
         require(

@@ -9,8 +9,10 @@ A document is held out for validation if a hash of its text says so,
 
 so the split does not depend on the order of files, and equal texts are always on one side.
 
-Everything is written into FOLDER.partial, which becomes FOLDER when it is complete: a build that
-was stopped leaves no corpus, and the next one begins anew.
+Everything is written into FOLDER.partial, which becomes FOLDER when it is complete. A build that
+was stopped, by whatever, leaves no corpus, and the same call goes on where it was
+(`bitjax.corpus.writer`): what had been read is read again, to see that it has not changed, but not
+tokenised again. Other files, settings or texts begin anew, and say so.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 import shutil
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -40,12 +42,13 @@ from bitjax.corpus.store import (
     describe_tokenizer,
     dtype_name,
     restore_tokenizer,
-    shard_name,
 )
+from bitjax.corpus.writer import PROGRESS, Journal, PartWriter
 from bitjax.tokenizer import Tokenizer, utf8
 
 _BATCH_CHARACTERS = 1 << 20  # of a batch: about 0.1 s of BPE, long against sending it
 _BATCH_DOCUMENTS = 4096
+_SAVE_EVERY = 16  # batches: seconds of BPE; what a build that is killed may have to do again
 _AHEAD = 3  # batches in flight for each worker: none waits, and memory stays bounded
 
 
@@ -112,78 +115,6 @@ def _encode_in_worker(batch: Sequence[Document]) -> Encoded:
     return encode(batch, tokenizer, config)
 
 
-class PartWriter:
-    """Writes one part's shards and starts, and hashes them on the way.
-
-    With `masks` each shard has a file that says which of its tokens are counted.
-    """
-
-    def __init__(
-        self, folder: Path, part: str, dtype: str, shard_tokens: int, masks: bool = False
-    ) -> None:
-        self._folder, self._part, self._shard_tokens = folder, part, shard_tokens
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._masks = masks
-        # Of the open shard: its sums' names in the index, files and hashes; tokens come first.
-        self._open: list[tuple[str, Any, Any]] = []
-        self._lengths: list[int] = []
-        self.shards: list[dict[str, Any]] = []
-        self.bytes = 0
-
-    def write(self, ids: np.ndarray, size: int, counted: np.ndarray | None = None) -> None:
-        """Append one document of `size` UTF-8 bytes."""
-        self._lengths.append(len(ids))
-        self.bytes += size
-        values = [ids.astype(self._dtype), *([] if counted is None else [counted.astype("u1")])]
-        while len(values[0]):
-            if not self._open:
-                self._begin_shard()
-            room = self._shard_tokens - self.shards[-1]["tokens"]
-            for (_, file, sums), array in zip(self._open, values, strict=True):
-                piece = array[:room].tobytes()
-                file.write(piece)
-                sums.update(piece)
-            self.shards[-1]["tokens"] += len(values[0][:room])
-            values = [array[room:] for array in values]
-            if self.shards[-1]["tokens"] == self._shard_tokens:
-                self._finish_shard()
-
-    def _begin_shard(self) -> None:
-        number = len(self.shards)
-        names = {"sha256": shard_name(self._part, number)}
-        if self._masks:
-            names["counted_sha256"] = shard_name(self._part, number, "counted")
-        self._open = [
-            (key, (self._folder / name).open("wb"), hashlib.sha256()) for key, name in names.items()
-        ]
-        self.shards.append({"tokens": 0})
-
-    def _finish_shard(self) -> None:
-        for key, file, sums in self._open:
-            file.flush()
-            os.fsync(file.fileno())
-            self.shards[-1][key] = sums.hexdigest()
-        self.close()
-
-    def close(self) -> None:
-        for _, file, _ in self._open:
-            file.close()
-        self._open = []
-
-    def finish(self) -> dict[str, Any]:
-        """Write what is left; returns the part's entry in the index."""
-        self._finish_shard()
-        starts = np.concatenate([[0], np.cumsum(self._lengths)]).astype("<i8")
-        (self._folder / f"{self._part}.starts").write_bytes(starts.tobytes())
-        return {
-            "documents": len(self._lengths),
-            "tokens": int(starts[-1]),
-            "bytes": self.bytes,
-            "starts_sha256": hashlib.sha256(starts.tobytes()).hexdigest(),
-            "shards": self.shards,
-        }
-
-
 def build_corpus(
     inputs: Iterable[Path],
     output: Path,
@@ -221,21 +152,159 @@ def build_corpus(
         raise ValueError(f"{output} is no corpus; only a corpus is replaced")
     files = find_files(inputs)
     partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        batches = _batches(files, config, on_progress)
-        index = _write(
-            partial, _encoded(batches, tokenizer, config, workers, encode), tokenizer, config
-        )
+        partial.mkdir(parents=True, exist_ok=True)
+        index = _Build(partial, files, tokenizer, config).run(workers, encode, on_progress)
         if output.exists():
             shutil.rmtree(output)
         partial.rename(output)
     except OSError as error:
         raise ValueError(f"cannot write {output}: {error.strerror or error}") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if not (partial / PROGRESS).exists():  # nothing that a later build could go on from
+            shutil.rmtree(partial, ignore_errors=True)
     return index
+
+
+class _Build:
+    """A build in its folder, begun or gone on with."""
+
+    def __init__(
+        self, folder: Path, files: list[Path], tokenizer: Tokenizer, config: CorpusConfig
+    ) -> None:
+        self._folder, self._files, self._tokenizer, self._config = folder, files, tokenizer, config
+        self._about, self._text = describe_tokenizer(tokenizer)
+        decisive = [
+            FORMATS[config.kind], asdict(config), self._about, self._text,
+            [_BATCH_CHARACTERS, _BATCH_DOCUMENTS], [str(path.absolute()) for path in files],
+        ]  # fmt: skip
+        build = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+        self._journal = Journal(folder, build)
+        if self._journal.other:
+            warnings.warn(
+                f"{folder} is of a build with other files or settings; it begins anew", stacklevel=4
+            )
+
+    def run(
+        self, workers: int, encode: Encode, on_progress: Callable[[int, int], None]
+    ) -> dict[str, Any]:
+        """See `build_corpus`; returns the index, which is written."""
+        texts = _Texts(_batches(self._files, self._config, on_progress))
+        held, writers = self._journal.held, None
+        if held is not None:
+            if texts.skip(held["batches"]) == held["texts"]:
+                writers = self._writers(held)
+            if writers is None:
+                warnings.warn(
+                    f"the texts have changed, or {self._folder} has, since a build was stopped; "
+                    "it begins anew",
+                    stacklevel=3,
+                )
+                texts = _Texts(_batches(self._files, self._config, on_progress))
+        if writers is None:
+            shutil.rmtree(self._folder)
+            self._folder.mkdir()
+            held, writers = None, self._writers(None)
+        batches = _encoded(texts, self._tokenizer, self._config, workers, encode)
+        return self._write(batches, texts, writers or {}, held["empty"] if held else 0)
+
+    def _writers(self, held: dict[str, Any] | None) -> dict[str, PartWriter] | None:
+        """Of both parts; None if the files do not hold what they should."""
+        dtype, config = dtype_name(self._tokenizer.vocab_size), self._config
+        made: dict[str, PartWriter] = {}
+        self._journal.sweep()
+        try:
+            for part in PARTS:
+                made[part] = PartWriter(
+                    self._folder, part, dtype, config.shard_tokens, config.kind != "text",
+                    held and held["parts"][part],
+                )  # fmt: skip
+        except (ValueError, OSError):
+            for writer in made.values():
+                writer.close()
+            if held is None:
+                raise
+            return None
+        return made
+
+    def _write(
+        self, batches: Iterator[Encoded], texts: _Texts, writers: dict[str, PartWriter], empty: int
+    ) -> dict[str, Any]:
+        try:
+            for encoded in batches:
+                end = np.cumsum(encoded.lengths, dtype=np.int64).tolist()
+                for i, size in enumerate(encoded.sizes):
+                    if not size:
+                        empty += 1
+                        continue
+                    writer = writers["valid" if encoded.valid[i] else "train"]
+                    mine = slice(end[i] - encoded.lengths[i], end[i])
+                    counted = None if encoded.counted is None else encoded.counted[mine]
+                    writer.write(encoded.ids[mine], size, counted)
+                written, digest = texts.written()
+                if written % _SAVE_EVERY == 0:
+                    self._journal.save(written, digest, empty, writers)
+            parts = {part: writer.finish() for part, writer in writers.items()}
+        finally:
+            for writer in writers.values():
+                writer.close()
+        try:
+            _require_documents(parts, empty, self._config)
+            return self._write_index(parts, empty)
+        finally:
+            self._journal.finish()
+
+    def _write_index(self, parts: dict[str, Any], empty: int) -> dict[str, Any]:
+        config, text = self._config, self._text
+        index = {
+            "format": FORMATS[config.kind], "kind": config.kind,
+            "dtype": dtype_name(self._tokenizer.vocab_size),
+            "vocab_size": self._tokenizer.vocab_size, "shard_tokens": config.shard_tokens,
+            "tokenizer": self._about,
+            "tokenizer_sha256": hashlib.sha256(text.encode()).hexdigest() if text else None,
+            "config": asdict(config), "empty": empty, "parts": parts,
+        }  # fmt: skip
+        if text is not None:
+            (self._folder / TOKENIZER).write_bytes(text.encode())
+        (self._folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        return index
+
+
+class _Texts:
+    """Batches of documents, with a hash of all texts up to each of them."""
+
+    def __init__(self, batches: Iterator[list[Document]]) -> None:
+        self._batches, self._sums = batches, hashlib.blake2b(digest_size=16)
+        self._digests: deque[str] = deque()  # of batches read and not yet written
+        self._written = 0
+
+    def __iter__(self) -> Iterator[list[Document]]:
+        return self
+
+    def __next__(self) -> list[Document]:
+        batch = next(self._batches)
+        for document in batch:
+            raw = document.text.encode("utf-8", "surrogatepass")
+            self._sums.update(len(raw).to_bytes(8, "little"))
+            self._sums.update(raw)
+        self._digests.append(self._sums.hexdigest())
+        return batch
+
+    def skip(self, batches: int) -> str:
+        """Read so many batches, which are written already; the hash of their texts, or nothing if
+        there are not so many."""
+        for _ in range(batches):
+            if next(self, None) is None:
+                return ""
+        digest = ""
+        while self._digests:
+            self._written, digest = self.written()
+        return digest
+
+    def written(self) -> tuple[int, str]:
+        """How many batches are written, one more than before, and the hash of their texts."""
+        self._written += 1
+        return self._written, self._digests.popleft()
 
 
 def _batches(
@@ -287,40 +356,6 @@ def _encoded(
         raise ValueError("a tokenising process was killed, perhaps for want of memory") from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _write(
-    folder: Path, batches: Iterator[Encoded], tokenizer: Tokenizer, config: CorpusConfig
-) -> dict[str, Any]:
-    about, text = describe_tokenizer(tokenizer)
-    dtype, empty, masks = dtype_name(tokenizer.vocab_size), 0, config.kind != "text"
-    writers = {part: PartWriter(folder, part, dtype, config.shard_tokens, masks) for part in PARTS}
-    try:
-        for encoded in batches:
-            end = np.cumsum(encoded.lengths, dtype=np.int64).tolist()
-            for i, size in enumerate(encoded.sizes):
-                if not size:
-                    empty += 1
-                    continue
-                writer = writers["valid" if encoded.valid[i] else "train"]
-                mine = slice(end[i] - encoded.lengths[i], end[i])
-                counted = None if encoded.counted is None else encoded.counted[mine]
-                writer.write(encoded.ids[mine], size, counted)
-        parts = {part: writer.finish() for part, writer in writers.items()}
-    finally:
-        for writer in writers.values():
-            writer.close()
-    _require_documents(parts, empty, config)
-    index = {
-        "format": FORMATS[config.kind], "kind": config.kind, "dtype": dtype,
-        "vocab_size": tokenizer.vocab_size, "shard_tokens": config.shard_tokens, "tokenizer": about,
-        "tokenizer_sha256": hashlib.sha256(text.encode()).hexdigest() if text else None,
-        "config": asdict(config), "empty": empty, "parts": parts,
-    }  # fmt: skip
-    if text is not None:
-        (folder / TOKENIZER).write_bytes(text.encode())
-    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-    return index
 
 
 def _require_documents(parts: dict[str, Any], empty: int, config: CorpusConfig) -> None:

@@ -4,10 +4,14 @@ A request is a context and a continuation; its score is
 
     log p(continuation | context) = sum over its tokens of log p(token | all before it)    [nats]
 
-Sequences are sorted by length and padded on the right (attention is causal, so padding changes
-nothing) to a few lengths, chosen so that padding plus compilations cost least. What shares its
-inputs, such as one-token answers to one question, is run once. The head runs only where a token is
-scored: logits of whole sequences never exist.
+What shares its inputs, such as one-token answers to one question, is run once. What begins alike,
+such as the choices of an item behind its context, becomes one row: the beginning once, then every
+ending in a segment of its own, which sees the beginning and itself. Scores are those of separate
+rows, but for the order of float sums in attention and in products of other shapes.
+
+Rows are sorted by length and padded on the right (attention is causal, so padding changes nothing)
+to a few lengths, chosen so that padding plus compilations cost least. The head runs only where a
+token is scored: logits of whole sequences never exist.
 """
 
 from __future__ import annotations
@@ -22,11 +26,13 @@ import numpy as np
 from flax import nnx
 
 from bitjax.model import Transformer
+from bitjax.ops.reference import SHARED
 from bitjax.text import TextTokenizer
 from bitjax.tokenizer import Tokenizer
 
 BATCH_TOKENS = 2048  # padded tokens in a batch: larger ones are no faster on a processor
 HEAD_ROWS = 128  # positions whose logits exist together: 78 MB for a vocabulary of 152 k
+LEAST_SAVED = 1 / 8  # of a request's tokens: rows that share less only lengthen attention
 LENGTH_STEP = 16  # sequences are padded to multiples of this
 COMPILATION = 20_000  # tokens that could be scored while a shape compiles; its order counts only
 
@@ -135,29 +141,87 @@ def padded_lengths(lengths: Sequence[int], longest: int) -> list[int]:
     return chosen[::-1]
 
 
+@dataclass(frozen=True)
+class _Row:
+    """Inputs that are run together.
+
+    Attributes:
+        shared: tokens that all of them begin with, run once; 0 of one input alone.
+        inputs: int32 `[T]` each.
+        owners: of each, the indices of its requests.
+    """
+
+    shared: int
+    inputs: tuple[np.ndarray, ...]
+    owners: tuple[list[int], ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the row."""
+        return self.shared + sum(len(tokens) - self.shared for tokens in self.inputs)
+
+    def starts(self) -> list[int]:
+        """Where each input's own tokens begin."""
+        own = [len(tokens) - self.shared for tokens in self.inputs]
+        return [self.shared + before for before in np.cumsum([0, *own[:-1]]).tolist()]
+
+    def with_input(self, tokens: np.ndarray, owners: list[int]) -> _Row:
+        """The row with a further input, of which all begin with as much as they can."""
+        alike = self.inputs[0][: len(tokens)] == tokens[: len(self.inputs[0])]
+        common = len(alike) if alike.all() else int(np.argmin(alike))
+        shared = min(common, self.shared) if len(self.inputs) > 1 else common
+        return _Row(shared, (*self.inputs, tokens), (*self.owners, owners))
+
+
+def shared_rows(inputs: Sequence[tuple[np.ndarray, list[int]]], longest: int) -> list[_Row]:
+    """Rows of neighbours that begin alike, where that saves `LEAST_SAVED` of the later one.
+
+    Args:
+        inputs: tokens, and indices of their requests.
+        longest: tokens of a row.
+    """
+    rows: list[_Row] = []
+    for tokens, owners in inputs:
+        new = _Row(0, (tokens,), (owners,))
+        if rows:
+            both = rows[-1].with_input(tokens, owners)
+            saved = rows[-1].length + new.length - both.length
+            if saved >= LEAST_SAVED * new.length and both.length <= longest:
+                rows[-1] = both
+                continue
+        rows.append(new)
+    return rows
+
+
 class RequestScorer:
     """Scores requests with a float or packed model.
 
     Args:
         model: any.
         batch_tokens: padded tokens in a batch.
+        share: run what requests begin with once.
 
     Attributes:
         tokens: run so far, without padding.
         shapes: of the batches run so far, `(sequences, length)`: one compilation each.
     """
 
-    def __init__(self, model: Transformer, batch_tokens: int = BATCH_TOKENS) -> None:
+    def __init__(
+        self, model: Transformer, batch_tokens: int = BATCH_TOKENS, share: bool = True
+    ) -> None:
         graph, self._params = nnx.split(model)
-        self.longest = model.config.max_seq_len
-        self.batch_tokens = batch_tokens
+        self.longest, self._vocab_size = model.config.max_seq_len, model.config.vocab_size
+        self.batch_tokens, self._share = batch_tokens, share
         self.tokens = 0
         self.shapes: set[tuple[int, int]] = set()
 
         @jax.jit
-        def hidden(params: nnx.State, tokens_BxT: jax.Array) -> jax.Array:
-            positions_BxT = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)
-            return nnx.merge(graph, params).extend(tokens_BxT, positions_BxT, None)[0]
+        def hidden(
+            params: nnx.State, tokens_BxT: jax.Array, positions_BxT: jax.Array,
+            segments_BxT: jax.Array,
+        ) -> jax.Array:  # fmt: skip
+            model = nnx.merge(graph, params)
+            return model.extend(tokens_BxT, positions_BxT, None, segments_BxT)[0]
 
         @jax.jit
         def losses(
@@ -178,40 +242,60 @@ class RequestScorer:
         return [found[i] for i in range(len(requests))]
 
     def stream(self, requests: Sequence[Request]) -> Iterator[dict[int, Score]]:
-        """Scores by the requests' indices, a batch at a time, the longest sequences first."""
+        """Scores by the requests' indices, a batch at a time, the longest rows first.
+
+        Raises:
+            ValueError: a token that the model does not have.
+        """
+        for request in requests:
+            low, high = int(request.tokens.min()), int(request.tokens.max())
+            if low < 0 or high >= self._vocab_size:
+                raise ValueError(
+                    f"a request holds token {low if low < 0 else high}; the model has "
+                    f"{self._vocab_size}"
+                )
         alike: dict[bytes, list[int]] = {}
         for i, request in enumerate(requests):
             alike.setdefault(request.tokens[:-1].tobytes(), []).append(i)
-        inputs = [(len(key) // 4, indices) for key, indices in alike.items()]
-        inputs.sort(key=lambda entry: -entry[0])  # stable: equal lengths stay in their order
+        inputs = [(requests[same[0]].tokens[:-1], same) for same in alike.values()]
         if not inputs:
             return
-        sizes = padded_lengths([length for length, _ in inputs], self.longest)
+        rows = shared_rows(inputs, self.longest if self._share else 0)
+        rows.sort(key=lambda row: -row.length)  # stable: equal lengths stay in their order
+        sizes = padded_lengths([row.length for row in rows], self.longest)
         for shorter, size in reversed(list(pairwise([0, *sizes]))):
-            members = [indices for length, indices in inputs if shorter < length <= size]
-            rows = max(1, self.batch_tokens // size)
-            for start in range(0, len(members), rows):
-                yield self._batch(requests, members[start : start + rows], (rows, size))
+            members = [row for row in rows if shorter < row.length <= size]
+            count = max(1, self.batch_tokens // size)
+            for start in range(0, len(members), count):
+                yield self._batch(requests, members[start : start + count], (count, size))
 
     def _batch(
-        self, requests: Sequence[Request], members: list[list[int]], shape: tuple[int, int]
+        self, requests: Sequence[Request], members: list[_Row], shape: tuple[int, int]
     ) -> dict[int, Score]:
-        """Scores of the requests of each row, which share their inputs."""
-        tokens_BxT = np.zeros(shape, np.int32)
+        """Scores of the requests of some rows."""
+        tokens_BxT, positions_BxT, segments_BxT = (np.zeros(shape, np.int32) for _ in range(3))
         owners, rows, places, targets = [], [], [], []
-        for row, indices in enumerate(members):
-            read = requests[indices[0]].tokens[:-1]
-            tokens_BxT[row, : len(read)] = read
-            self.tokens += len(read)
-            for i in indices:
-                request = requests[i]
-                for place in range(len(read) - request.scored, len(read)):
-                    owners.append(i)
-                    rows.append(row)
-                    places.append(place)
-                    targets.append(request.tokens[place + 1])
+        for number, row in enumerate(members):
+            self.tokens += row.length
+            shared = slice(0, row.shared)
+            tokens_BxT[number, shared] = row.inputs[0][shared]
+            positions_BxT[number, shared] = np.arange(row.shared)
+            segments_BxT[number, shared] = SHARED
+            parts = zip(row.inputs, row.owners, row.starts(), strict=True)
+            for segment, (read, indices, start) in enumerate(parts, 1):
+                own = slice(start, start + len(read) - row.shared)
+                tokens_BxT[number, own] = read[row.shared :]
+                positions_BxT[number, own] = np.arange(row.shared, len(read))
+                segments_BxT[number, own] = segment
+                for i in indices:
+                    for place in range(len(read) - requests[i].scored, len(read)):
+                        owners.append(i)
+                        rows.append(number)
+                        places.append(place if place < row.shared else start + place - row.shared)
+                        targets.append(requests[i].tokens[place + 1])
         self.shapes.add(shape)
-        hidden_PxD = np.asarray(self._hidden(self._params, tokens_BxT))[rows, places]
+        hidden_BxTxD = self._hidden(self._params, tokens_BxT, positions_BxT, segments_BxT)
+        hidden_PxD = np.asarray(hidden_BxTxD)[rows, places]
         sums = dict.fromkeys(owners, 0.0)
         greedy = dict.fromkeys(owners, True)
         for start in range(0, len(owners), HEAD_ROWS):

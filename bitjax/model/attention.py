@@ -74,9 +74,11 @@ class Attention(nnx.Module):
         Args:
             x_BxTxD: inputs.
             norm: applied to the inputs first, but not to the residual.
-            positions_BxT: int32, each token's position; without a cache they must be 0..T-1.
+            positions_BxT: int32, each token's position. Without a cache they turn keys and queries
+                only: a token sees those before it in its row.
             cache: earlier keys and values; the new ones are written to it before attention.
-            segments_BxT: int32, without a cache: a token attends to its own segment only.
+            segments_BxT: int32, without a cache: a token attends to its own segment only, and to
+                `bitjax.ops.reference.SHARED`.
 
         Returns:
             `[B, T, D]`, the residual included, and the updated cache (None without one).
@@ -91,7 +93,8 @@ class Attention(nnx.Module):
             turned = reference.rotate(qkv_BxTxNxh[:, :, : H + G], turn_BxTxh)
             q, k = jnp.split(turned.astype(qkv_BxTxNxh.dtype), [H], axis=2)
             k, v = k.transpose(0, 2, 1, 3), qkv_BxTxNxh[:, :, H + G :].transpose(0, 2, 1, 3)
-            mixed = reference.attend(q, k, v, positions_BxT, segments_BxT)
+            order_BxT = jnp.broadcast_to(jnp.arange(T), (B, T))
+            mixed = reference.attend(q, k, v, order_BxT, segments_BxT)
         else:
             mixed, *arrays = ops.cached_attention(
                 qkv_BxTxNxh, turn_BxTxh, positions_BxT, *cache.arrays,

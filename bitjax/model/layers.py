@@ -79,6 +79,10 @@ class BitLinear(nnx.Module):
     Attributes:
         strength: lambda of the quantisation warm-up, a scalar in 0..1 (`Quantized.softened`); None
             is full quantisation. Not stored: whoever schedules it sets it.
+        watched: whether `absmax` is noted.
+        absmax: the largest magnitude of what the last call quantised, a scalar; see `watched`.
+        weight_key, activation_key: for stochastic rounding; None rounds to nearest. Not stored
+            either.
     """
 
     def __init__(
@@ -98,6 +102,10 @@ class BitLinear(nnx.Module):
             start = initial_scale(self.weight[...], self.segments, self.sharing)
             self.learned_scale = nnx.Param(start)
         self.strength: jax.Array | None = nnx.data(None)
+        self.weight_key: jax.Array | None = nnx.data(None)
+        self.activation_key: jax.Array | None = nnx.data(None)
+        self.watched = False
+        self.absmax: jax.Array | None = nnx.data(None)
         self.hadamard = transform and config.hadamard
         norm: RMSNorm | RMSNorms | None = None
         if config.inner_norm:
@@ -152,7 +160,7 @@ class BitLinear(nnx.Module):
             matrices = jnp.split(codes, ends[:-1])
             scales = [None] * len(ends) if scale is None else jnp.split(scale, ends[:-1])
             parts = [
-                self._product(x[..., s, :], *matrix)
+                self._product(x[..., s, :], *matrix, segment=s)
                 for s, matrix in enumerate(zip(matrices, scales, strict=True))
             ]
             y = jnp.concatenate(parts, axis=-1)
@@ -178,7 +186,7 @@ class BitLinear(nnx.Module):
         """The float master weights as the forward pass quantises them."""
         learned = None if self.learned_scale is None else self.learned_scale[...]
         quantizer = WEIGHT_QUANTIZERS[self.weights]
-        return quantizer(self.weight[...], self.segments, self.sharing, learned)
+        return quantizer(self.weight[...], self.segments, self.sharing, learned, self.weight_key)
 
     def _quantized_weights(self, w_NxK: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """Codes and a scale for all rows or for each; without a scale real values."""
@@ -190,17 +198,26 @@ class BitLinear(nnx.Module):
         # Scales within a row cannot follow the product.
         return (quantized.dequantize(), None) if self.sharing.per == "group" else quantized
 
-    def _product(self, x: jax.Array, w_NxK: jax.Array, w_scale: jax.Array | None) -> jax.Array:
+    def _product(
+        self, x: jax.Array, w_NxK: jax.Array, w_scale: jax.Array | None, segment: int = 0
+    ) -> jax.Array:
         dtype, shape, scale = x.dtype, x.shape, None
         x = x.reshape(-1, shape[-1])  # one matrix product: XLA transposes less on CPU
         if self.hadamard:
             x = hadamard(x)
+        if self.watched:
+            largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
+            # Of stacked matrices with their own norms, the largest of all.
+            before = self.absmax if segment else None
+            self.absmax = largest if before is None else jnp.maximum(largest, before)
         if self.products == "integer" and self.has_integer_product() and w_scale is not None:
             scale_N = jnp.broadcast_to(w_scale.reshape(-1), (len(w_NxK),))
             y = bit_product(x.astype(jnp.float32), w_NxK, scale_N).astype(dtype)
             return y.reshape(*shape[:-1], -1)
         if self.activations != "float":
-            quantized = ACTIVATION_QUANTIZERS[self.activations](x)
+            key = self.activation_key
+            key = None if key is None else jax.random.fold_in(key, segment)
+            quantized = ACTIVATION_QUANTIZERS[self.activations](x, key)
             if self.strength is not None:
                 quantized = quantized.softened(x, self.strength)
             x, scale = quantized

@@ -120,7 +120,9 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, Cache | None]:
         """Run tokens at the given positions, reading and extending the cache.
 
-        Segments, see `__call__`, are for running without one.
+        Segments, see `__call__`, are for running without one. Tokens of the segment -1 are seen by
+        all behind them in their row: so several continuations of one beginning share it, each in a
+        segment of its own, at the positions that it has behind the beginning.
 
         Returns:
             Final normed hidden states `[B, T, D]` and the updated cache.

@@ -165,6 +165,9 @@ def rotate(x_BxTxNxh: jax.Array, turn_BxTxh: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
+SHARED = -1  # the segment of tokens that all behind them in their row attend to
+
+
 def attend(
     q_BxTxHxh: jax.Array,
     k_BxGxSxh: jax.Array,
@@ -174,7 +177,8 @@ def attend(
 ) -> jax.Array:
     """`softmax(q k^T / sqrt(h)) v` over key slots 0..position; returns `[B, T, H * h]`.
 
-    With segments, of as many slots as queries, over those of a query's own segment only.
+    With segments, of as many slots as queries, over those of a query's own segment and of the
+    segment `SHARED` only.
 
     Heads lead in every product, and the queries of a group are rows of one matrix: on CPU, XLA
     then makes plain matrix products of them (2.6 times as fast, with gradients, as heads last).
@@ -185,7 +189,8 @@ def attend(
     scores = jnp.einsum("BGQh,BGSh->BGQS", q, k_BxGxSxh, preferred_element_type=jnp.float32)
     visible_BxTxS = jnp.arange(S)[None, None, :] <= positions_BxT[:, :, None]
     if segments_BxT is not None:
-        visible_BxTxS &= segments_BxT[:, :, None] == segments_BxT[:, None, :]
+        keys_Bx1xS = segments_BxT[:, None, :]
+        visible_BxTxS &= (segments_BxT[:, :, None] == keys_Bx1xS) | (keys_Bx1xS == SHARED)
     scores = scores.reshape(B, H, T, S)
     weights = jax.nn.softmax(jnp.where(visible_BxTxS[:, None], scores, -jnp.inf), axis=-1)
     weights = weights.astype(v_BxGxSxh.dtype).reshape(B, G, H // G * T, S)

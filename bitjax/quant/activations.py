@@ -5,9 +5,16 @@
     int4   b = max(mean|x|, 1e-5)   codes = clip(round(x * sqrt(7) / b), -8, 7)
                                     scale = b * (1/sqrt(7))
 
+With a key, rounding is stochastic (`bitjax.quant.rounded`): unbiased but where codes are clipped.
+
 Sources: int8, "The Era of 1-bit LLMs: Training Tips, Code and FAQ" (Microsoft, 2024), figure 4;
-int4 and Hadamard, BitNet v2 (arXiv 2504.18415), where the quantiser is BitNet a4.8's (arXiv
-2411.04965): absmean with a clip. Both add 1e-5 to the mean; here, as for int8, it is the least.
+int4, BitNet a4.8 (arXiv 2411.04965), equation 7, and BitNet v2 (arXiv 2504.18415), equation 6, per
+token; Hadamard, BitNet v2, equations 3 and 4. In both papers a small eps is added to the mean under
+the root of 7 alone, so that codes and scale are not quite reciprocal; here, as for int8, 1e-5 is
+the least mean and codes belong to their scale. Which layers have it: int4 of all linear layers, as
+here, is BitNet v2's; BitNet a4.8 has int4 for q, k, v, gate and up alone, int8 for o and down, and
+keeps of o's inputs the larger half, which is not here. Both papers train with int8 first and end
+with 5 % of int4 steps (`train.start_from`).
 """
 
 from __future__ import annotations
@@ -18,31 +25,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitjax.quant.codes import EPS, Quantized, straight_through
+from bitjax.quant.codes import EPS, Quantized, rounded, straight_through
 
 
-def int8_per_token(x: jax.Array) -> Quantized:
+def int8_per_token(x: jax.Array, key: jax.Array | None = None) -> Quantized:
     """Absmax int8 activations along the last axis: codes `[..., K]`, scale `[..., 1]`.
 
-    A token that holds NaN or an infinity has a NaN scale. The gradient is straight-through.
+    A token that holds NaN or an infinity has a NaN scale. The gradient is straight-through. A key
+    makes rounding stochastic.
     """
     x = x.astype(jnp.float32)
     absmax = _bounded(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
     scaled = x * (127.0 / absmax)
-    codes = straight_through(scaled, jnp.clip(jnp.round(scaled), -128, 127))
+    codes = straight_through(scaled, jnp.clip(rounded(scaled, key), -128, 127))
     return Quantized(codes, absmax * np.float32(1 / 127))
 
 
-def int4_per_token(x: jax.Array) -> Quantized:
+def int4_per_token(x: jax.Array, key: jax.Array | None = None) -> Quantized:
     """Absmean int4 activations along the last axis: codes `[..., K]` in -8..7, scale `[..., 1]`.
 
     Values beyond about 3 absmeans are clipped. A token that holds NaN or an infinity has a NaN
-    scale. The gradient is straight-through, where clipped too.
+    scale. The gradient is straight-through, where clipped too. A key makes rounding stochastic.
     """
     x = x.astype(jnp.float32)
     absmean = _bounded(jnp.mean(jnp.abs(x), axis=-1, keepdims=True))
     scaled = x * (np.float32(np.sqrt(7)) / absmean)
-    codes = straight_through(scaled, jnp.clip(jnp.round(scaled), -8, 7))
+    codes = straight_through(scaled, jnp.clip(rounded(scaled, key), -8, 7))
     return Quantized(codes, absmean * np.float32(1 / np.sqrt(7)))
 
 
@@ -52,7 +60,7 @@ def _bounded(size: jax.Array) -> jax.Array:
 
 
 # The choices of `ModelConfig.activations`; "float" is no quantiser.
-ACTIVATION_QUANTIZERS: dict[str, Callable[[jax.Array], Quantized]] = {
+ACTIVATION_QUANTIZERS: dict[str, Callable[[jax.Array, jax.Array | None], Quantized]] = {
     "int8": int8_per_token,
     "int4": int4_per_token,
 }

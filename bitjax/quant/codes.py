@@ -38,6 +38,25 @@ class Quantized(NamedTuple):
         return Quantized(self.codes + (1 - strength) * (real - self.codes), self.scale)
 
 
+def rounded(value: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    """The nearest integer, ties to even; with a key one of the two neighbours, drawn.
+
+        round(x) = floor(x) + 1 with probability f, else floor(x)      f = x - floor(x)
+
+    Its mean is x (but for 2^-23, the step of the draws) and its variance f (1 - f); integers stay.
+
+    Source: Gupta et al., "Deep Learning with Limited Numerical Precision", arXiv 1502.02551.
+
+    Args:
+        value: float32.
+        key: of the draws, independent for every element; they depend on it and the shape alone.
+    """
+    if key is None:
+        return jnp.round(value)
+    below = jnp.floor(value)
+    return below + (jax.random.uniform(key, value.shape) < value - below)
+
+
 def straight_through(value: jax.Array, quantized: jax.Array) -> jax.Array:
     """`quantized` in the forward pass (exactly), the gradient of `value` in the backward pass.
 

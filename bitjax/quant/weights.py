@@ -8,9 +8,18 @@
 Means and medians are over what shares a scale (`Sharing`). Gradients are straight-through; those of
 `ternary_learned` are said there.
 
+With a key, rounding is stochastic (`bitjax.quant.rounded`), and the means of the codes are
+
+    ternary          E codes = clip(W / m, -1, 1)
+    binary           E codes = clip((W - mean(W)) / m, -1, 1), as +1 has the probability
+                     clip(((W - mean(W)) / m + 1) / 2, 0, 1)
+
+so within +-m weights are unbiased. No packed form has such codes: they are for training.
+
 Sources: ternary, "The Era of 1-bit LLMs: Training Tips, Code and FAQ" (Microsoft, 2024), figure 3;
 median, "BitNet b1.58 Reloaded" (arXiv 2407.09527); learned, "Learned Step Size Quantization" (arXiv
-1902.08153); binary, BitNet (arXiv 2310.11453), equations 1 to 3.
+1902.08153); binary, BitNet (arXiv 2310.11453), equations 1 to 3; its drawn form, BinaryConnect
+(arXiv 1511.00363), equation 2, around BitNet's mean.
 """
 
 from __future__ import annotations
@@ -24,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitjax.quant.codes import EPS, Quantized, straight_through
+from bitjax.quant.codes import EPS, Quantized, rounded, straight_through
 
 ALIGNMENT = 64  # bytes; what XLA on CPU asks of a buffer that it shall use without a copy
 ROWS_AT_ONCE = 1024  # of a matrix that is quantised in parts: a few megabytes of temporary values
@@ -51,6 +60,7 @@ class WeightQuantizer(Protocol):
         segments: rows of each stacked tensor; empty for one tensor.
         sharing: which weights share a scale.
         scale: of `ternary_learned`, as `initial_scale` has it; others take none.
+        key: for stochastic rounding; None rounds to nearest.
 
     Returns:
         Scale `[1, 1]`; `[N, 1]` with segments or one a row; `[N, K]` with groups.
@@ -58,7 +68,7 @@ class WeightQuantizer(Protocol):
 
     def __call__(
         self, w_NxK: jax.Array, segments: Segments = (), sharing: Sharing = PER_TENSOR,
-        scale: jax.Array | None = None,
+        scale: jax.Array | None = None, key: jax.Array | None = None,
     ) -> Quantized: ...  # fmt: skip
 
 
@@ -67,9 +77,10 @@ def ternary(
     segments: Segments = (),
     sharing: Sharing = PER_TENSOR,
     scale: jax.Array | None = None,
+    key: jax.Array | None = None,
 ) -> Quantized:
     """Absmean ternary weights: codes in {-1, 0, 1}; the gradient is straight-through."""
-    return _ternary(w_NxK, _size(jnp.mean, w_NxK, segments, sharing))
+    return _ternary(w_NxK, _size(jnp.mean, w_NxK, segments, sharing), key)
 
 
 def ternary_median(
@@ -77,9 +88,10 @@ def ternary_median(
     segments: Segments = (),
     sharing: Sharing = PER_TENSOR,
     scale: jax.Array | None = None,
+    key: jax.Array | None = None,
 ) -> Quantized:
     """Absmedian ternary weights, whose scale outliers hardly move; straight-through gradient."""
-    return _ternary(w_NxK, _size(jnp.median, w_NxK, segments, sharing))
+    return _ternary(w_NxK, _size(jnp.median, w_NxK, segments, sharing), key)
 
 
 def ternary_learned(
@@ -87,6 +99,7 @@ def ternary_learned(
     segments: Segments = (),
     sharing: Sharing = PER_TENSOR,
     scale: jax.Array | None = None,
+    key: jax.Array | None = None,
 ) -> Quantized:
     """Ternary weights with a learned step size s (LSQ, arXiv 1902.08153, equation 3, section 2.2).
 
@@ -96,15 +109,15 @@ def ternary_learned(
     n weights share the scale; the largest code is 1. A step below 1e-5 is taken as 1e-5.
 
     Args:
-        w_NxK, segments, sharing: as `WeightQuantizer` says.
+        w_NxK, segments, sharing, key: as `WeightQuantizer` says.
         scale: s, of `initial_scale`'s shape; without it, that.
     """
     w = w_NxK.astype(jnp.float32)
     s = initial_scale(w, segments, sharing) if scale is None else scale
     s = straight_through(s, jnp.maximum(s, EPS))
-    rows = jnp.asarray(segments or (len(w),))
+    rows = np.asarray(segments or (len(w),))
     if sharing.per == "tensor":
-        g = (1 / np.sqrt(np.asarray(rows) * w.shape[1])).astype(np.float32)
+        g = (1 / np.sqrt(rows * w.shape[1])).astype(np.float32)
         s = _scaled_gradient(s, jnp.asarray(g))
         s = jnp.repeat(s, rows, total_repeat_length=len(w))[:, None] if segments else s[:, None]
     elif sharing.per == "row":
@@ -114,7 +127,7 @@ def ternary_learned(
         s = jnp.repeat(s, sharing.group, axis=1)
     scaled = w * (1.0 / s)
     inside = jnp.where(jnp.abs(scaled) < 1, scaled, jax.lax.stop_gradient(jnp.sign(scaled)))
-    return Quantized(straight_through(inside, _ternary_codes(scaled)), s)
+    return Quantized(straight_through(inside, _ternary_codes(scaled, key)), s)
 
 
 def initial_scale(w_NxK: jax.Array, segments: Segments, sharing: Sharing) -> jax.Array:
@@ -134,6 +147,7 @@ def binary(
     segments: Segments = (),
     sharing: Sharing = PER_TENSOR,
     scale: jax.Array | None = None,
+    key: jax.Array | None = None,
 ) -> Quantized:
     """Binary weights of BitNet b1: codes in {-1, 1}; the gradient is straight-through.
 
@@ -141,7 +155,12 @@ def binary(
     """
     w = w_NxK.astype(jnp.float32)
     size = _size(jnp.mean, w, segments, sharing)
-    signs = _signs(w, _shared(jnp.mean, w, segments, sharing))
+    mean = _shared(jnp.mean, w, segments, sharing)
+    if key is None:
+        signs = jnp.where(w > mean, 1.0, -1.0)
+    else:
+        # In units of the distance from -1 to +1, so that the draw is between these two.
+        signs = 2 * jnp.clip(rounded(((w - mean) * (1.0 / size) + 1) / 2, key), 0, 1) - 1
     return Quantized(straight_through(w * (1.0 / size), signs), size)
 
 
@@ -216,17 +235,13 @@ def _shared_with_xla(values: np.ndarray) -> jax.Array:
     return jax.device_put(values, jax.local_devices(backend="cpu")[0], may_alias=True)
 
 
-def _ternary(w_NxK: jax.Array, scale: jax.Array) -> Quantized:
+def _ternary(w_NxK: jax.Array, scale: jax.Array, key: jax.Array | None) -> Quantized:
     scaled = w_NxK.astype(jnp.float32) * (1.0 / scale)
-    return Quantized(straight_through(scaled, _ternary_codes(scaled)), scale)
+    return Quantized(straight_through(scaled, _ternary_codes(scaled, key)), scale)
 
 
-def _ternary_codes(scaled: jax.Array) -> jax.Array:
-    return jnp.clip(jnp.round(scaled), -1, 1)
-
-
-def _signs(w_NxK: jax.Array, mean: jax.Array) -> jax.Array:
-    return jnp.where(w_NxK > mean, 1.0, -1.0)
+def _ternary_codes(scaled: jax.Array, key: jax.Array | None) -> jax.Array:
+    return jnp.clip(rounded(scaled, key), -1, 1)
 
 
 def _scaled_gradient(value: jax.Array, factor: jax.Array) -> jax.Array:

@@ -6,7 +6,8 @@ A run directory holds
     tokenizer.json       of a corpus, unless its tokens are bytes
     reference.npz        of a run by preference (`bitjax.train.dpo`)
     metrics.jsonl        one JSON object per report (`bitjax.train.metrics`; losses in nats)
-    tensorboard/         the same numbers, with `train.tensorboard`
+    tensorboard/         the same numbers, with `train.tensorboard`; and with `train.wandb`:
+    wandb/, wandb-id     what it keeps, and the run's name there
     checkpoints/<step>/  by orbax
     damaged-<step>/      a checkpoint that could not be read when the run was resumed
 
@@ -29,8 +30,9 @@ import jax
 from bitjax.config import RunConfig, to_json
 from bitjax.corpus.rows import Batch
 from bitjax.train import flops, processes
+from bitjax.train.boards import boards_of
 from bitjax.train.checkpoint import Checkpoints, Position
-from bitjax.train.codes import CodeWatch, flip_rate, layer_sizes
+from bitjax.train.layers import LayerWatch, flip_rate, layer_sizes
 from bitjax.train.metrics import MetricsWriter, Report, write_atomically
 from bitjax.train.signals import SignalFlag
 from bitjax.train.source import TOKENIZER, Source, open_source, tokenizer_file
@@ -92,7 +94,7 @@ def train(
             if (tokenizer := tokenizer_file(source.tokenizer)) is not None:
                 write_atomically(directory / TOKENIZER, tokenizer)
             step = int(state.step)
-            with MetricsWriter(directory, step, config.train.tensorboard) as writer:
+            with MetricsWriter(directory, step, boards_of(directory, config)) as writer:
                 run = _Run(trainer, source, checkpoints, writer, on_report)
                 return run.go(state, position, stop)
     except OSError as error:
@@ -122,7 +124,7 @@ class _Run:
         self._checkpoints = checkpoints
         self._writer = writer
         self._on_report = on_report
-        self._codes: CodeWatch | None = None
+        self._layers: LayerWatch | None = None
         self._rewinds = 0  # in all, of this process
         self._rewinds_in_a_row = 0  # since the last checkpoint
         # Of the steps since the last report: device scalars, fetched only when reported.
@@ -134,7 +136,7 @@ class _Run:
         config = self._config
         step = int(state.step)
         if config.log_codes and step < config.steps:
-            self._codes = CodeWatch(self._trainer.model, state.params)
+            self._layers = LayerWatch(self._trainer, state.params, self._valid)
         self._clock = time.perf_counter()
         while step < config.steps:
             batch = self._source.batch(step + position.moved)
@@ -224,8 +226,8 @@ class _Run:
         )
         if self._writer is not None:
             self._writer.rewind(back_to)
-        if self._codes is not None:
-            self._codes.restart(state.params)
+        if self._layers is not None:
+            self._layers.restart(state.params)
         self._pending, self._clock = [], time.perf_counter()
         return state, replace(position, moved=position.moved + step - back_to)
 
@@ -238,7 +240,7 @@ class _Run:
         ]
         rate = len(pending) * config.batch_size * config.seq_len / seconds
         peak = 1e9 * (config.peak_gflops or 0) or flops.measured_peak(config.compute_dtype)
-        layers = self._codes.report(state.params) if self._codes else {}
+        layers = self._layers.report(state.params) if self._layers else {}
         valid = validate(self._trainer, state, self._valid) if evaluate else {}
         *_, last = pending
         measures = {name: float(last[name]) for name in self._trainer.objective.measures}

@@ -1,4 +1,4 @@
-"""What a run reports, and where it is written: metrics.jsonl, and TensorBoard's files if asked for.
+"""What a run reports, and where it is written: metrics.jsonl, and boards if asked for.
 
 `metrics.jsonl` holds one JSON object per report: the fields of `Report` that have a value, without
 `steps` and `seconds_left`.
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from bitjax.train.boards import Board
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Report:
         flip_rate: fraction of all quantised weights whose code differs from the last report's.
         measures: what the objective reports besides its loss, of the last step, and with `valid_`
             before the name of the held-out rows: `reward_margin`, `valid_reward_margin`, ...
-        layers: layer -> fractions of codes and flips (`bitjax.train.codes.LAYER_FIELDS`).
+        layers: layer -> fractions of codes and flips, and the absmax of its inputs
+            (`bitjax.train.layers`).
     """
 
     step: int
@@ -67,20 +70,22 @@ class MetricsWriter:
     Args:
         directory: of the run.
         step: reports of later steps are forgotten, because those steps will be repeated.
-        tensorboard: write `directory/tensorboard` too.
+        boards: that show the numbers too (`bitjax.train.boards`).
 
     Raises:
-        ModuleNotFoundError: TensorBoard's writer is wanted and not installed.
+        ModuleNotFoundError: what a board needs is not installed.
+        ValueError: a board that cannot begin.
     """
 
-    def __init__(self, directory: Path, step: int, tensorboard: bool) -> None:
+    def __init__(self, directory: Path, step: int, boards: Sequence[Board] = ()) -> None:
         self._path = directory / "metrics.jsonl"
-        self._tensorboard = directory / "tensorboard" if tensorboard else None
+        self._boards = boards
         self._open(step)
 
     def _open(self, step: int) -> None:
         _forget_after(self._path, step)
-        self._board = None if self._tensorboard is None else _board(self._tensorboard, step)
+        for board in self._boards:
+            board.begin(step)
         self._file = self._path.open("a")
 
     def __enter__(self) -> MetricsWriter:
@@ -88,21 +93,19 @@ class MetricsWriter:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards:
+            board.end()
 
     def write(self, report: Report) -> None:
         record = report.record()
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in scalars(record):
-                self._board.add_scalar(name, value, report.step)
-            self._board.flush()
+        for board in self._boards:
+            board.add(report.step, dict(scalars(record)))
 
     def rewind(self, step: int) -> None:
         """Forget the reports after `step`."""
-        self.__exit__()
+        self._file.close()
         self._open(step)
 
 
@@ -141,14 +144,3 @@ def write_atomically(path: Path, text: str) -> None:
 def _forget_after(path: Path, step: int) -> None:
     kept = [json.dumps(r) + "\n" for r in read_metrics(path.parent) if r["step"] <= step]
     write_atomically(path, "".join(kept))
-
-
-def _board(folder: Path, step: int) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "train.tensorboard=True needs tensorboardX; pip install 'bitjax[tensorboard]'"
-        ) from None
-    # purge_step: TensorBoard drops what an interrupted run wrote of steps that are repeated.
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)

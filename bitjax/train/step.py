@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from bitjax.config import RunConfig
+from bitjax.config import RunConfig, TrainConfig
 from bitjax.corpus.rows import Batch
 from bitjax.model import Transformer, abstract_model, bit_linears, float_logits
 from bitjax.ops.training import require_available
@@ -52,6 +52,52 @@ def quantization_strength(step: jax.typing.ArrayLike, warmup_steps: int) -> jax.
     Source: "Fine-tuning LLMs to 1.58bit" (Hugging Face, 2024), its linear schedule.
     """
     return jnp.minimum(1.0, jnp.asarray(step, jnp.float32) / warmup_steps if warmup_steps else 1.0)
+
+
+# Folded into the seed's key, so that draws of rounding are not those of the initial weights.
+_ROUNDING = 0x726F756E
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantizing:
+    """How a training step quantises; where a field is None, as the finished model does.
+
+    Attributes:
+        strength: lambda of the warm-up.
+        weights, activations: keys of stochastic rounding; every layer folds its place in.
+    """
+
+    strength: jax.Array | None = None
+    weights: jax.Array | None = None
+    activations: jax.Array | None = None
+
+    @classmethod
+    def at(cls, step: jax.Array, config: TrainConfig) -> Quantizing:
+        """Of a step: a function of it and the configuration alone, so a resumed run repeats it."""
+        warmup, drawn = config.quantization_warmup_steps, config.stochastic_rounding
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), _ROUNDING), step)
+        return cls(
+            quantization_strength(step, warmup) if warmup else None,
+            jax.random.fold_in(key, 0) if drawn in ("weights", "both") else None,
+            jax.random.fold_in(key, 1) if drawn in ("activations", "both") else None,
+        )
+
+    def of_part(self, part: jax.Array) -> Quantizing:
+        """Of one accumulation step: its activations have other draws, weights the same."""
+        if self.activations is None:
+            return self
+        return dataclasses.replace(self, activations=jax.random.fold_in(self.activations, part))
+
+    def set(self, model: Transformer) -> None:
+        """Make a model's layers quantise so."""
+        for place, (_, layer) in enumerate(bit_linears(model)):
+            layer.strength = self.strength
+            for name, key in (("weight_key", self.weights), ("activation_key", self.activations)):
+                setattr(layer, name, None if key is None else jax.random.fold_in(key, place))
+
+
+FINISHED = Quantizing()
 
 
 class Trainer:
@@ -116,12 +162,13 @@ class Trainer:
         """The model with these parameters."""
         return nnx.merge(self.graph, params)
 
-    def _losses(self, params: Params, batch: Batch, strength: jax.Array | None) -> jax.Array:
+    def _losses(self, params: Params, batch: Batch, how: Quantizing) -> jax.Array:
         """Float32 `[B, T]`, negative log-likelihoods of the next tokens in nats."""
         model = self.model(params)
         model.remat = self.config.train.remat
+        how.set(model)
         for _, layer in bit_linears(model):
-            layer.strength, layer.products = strength, self.config.train.products
+            layer.products = self.config.train.products
         tokens = jnp.asarray(batch.tokens)
         segments = None if batch.segments is None else jnp.asarray(batch.segments)[:, :-1]
         hidden, table = model.before_head(tokens[:, :-1], segments)
@@ -129,21 +176,20 @@ class Trainer:
         return next_token_losses(head, hidden, table, tokens[:, 1:])
 
     def _likelihoods(self, params: Params, batch: Batch) -> jax.Array:
-        losses_BxT = self._losses(params, batch, None)
+        losses_BxT = self._losses(params, batch, FINISHED)
         return -losses_BxT.sum(axis=1, where=predicted(batch))
 
     def _sums(
-        self, params: Params, batch: Batch, strength: jax.Array | None = None
+        self, params: Params, batch: Batch, how: Quantizing = FINISHED
     ) -> dict[str, jax.Array]:
-        """With `strength` of the quantisation; without, those of the finished model."""
-        return self.objective.sums(self._losses(params, batch, strength), batch)
+        return self.objective.sums(self._losses(params, batch, how), batch)
 
     def _means(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
         items = jnp.maximum(self.objective.items(batch), 1)
         return {name: total / items for name, total in self._sums(params, batch).items()}
 
     def _gradients(
-        self, params: Params, batch: Batch, strength: jax.Array | None = None
+        self, params: Params, batch: Batch, how: Quantizing = FINISHED
     ) -> tuple[dict[str, jax.Array], Params]:
         """Mean measures, and gradients, of the whole batch, in `accumulate` equal parts.
 
@@ -154,29 +200,32 @@ class Trainer:
         items = jnp.maximum(self.objective.items(batch), 1)
         scale = 1.0 if self.config.train.loss_reduction == "sum" else 1.0 / items
 
-        def scaled(params: Params, part: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-            sums = self._sums(params, part, strength)
+        def scaled(
+            params: Params, part: Batch, how: Quantizing
+        ) -> tuple[jax.Array, dict[str, jax.Array]]:
+            sums = self._sums(params, part, how)
             return sums["loss"] * scale, sums
 
-        def found(part: Batch) -> tuple[dict[str, jax.Array], Params]:
-            (_, sums), gradients = jax.value_and_grad(scaled, has_aux=True)(params, part)
+        def found(part: Batch, how: Quantizing) -> tuple[dict[str, jax.Array], Params]:
+            (_, sums), gradients = jax.value_and_grad(scaled, has_aux=True)(params, part, how)
             return sums, gradients
 
         if parts == 1:
-            sums, gradients = found(batch)
+            sums, gradients = found(batch, how)
         else:
             zero = {name: jnp.zeros((), jnp.float32) for name in self.objective.measures}
             cut = jax.tree.map(lambda x: x.reshape(parts, -1, x.shape[1]), batch)
             (sums, gradients), _ = jax.lax.scan(
-                lambda total, part: (jax.tree.map(jnp.add, total, found(part)), None),
-                (zero, jax.tree.map(jnp.zeros_like, params)), cut,
+                lambda total, part: (
+                    jax.tree.map(jnp.add, total, found(part[0], how.of_part(part[1]))), None
+                ),
+                (zero, jax.tree.map(jnp.zeros_like, params)), (cut, jnp.arange(parts)),
             )  # fmt: skip
         return {name: total / items for name, total in sums.items()}, gradients
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        warmup = self.config.train.quantization_warmup_steps
-        strength = quantization_strength(state.step, warmup) if warmup else None
-        means, gradients = self._gradients(state.params, batch, strength)
+        how = Quantizing.at(state.step, self.config.train)
+        means, gradients = self._gradients(state.params, batch, how)
         loss = means["loss"]
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

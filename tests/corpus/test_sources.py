@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from bitjax.config import CorpusConfig
-from bitjax.corpus import Corpus, build_corpus
+from bitjax.corpus import Corpus, Loader, build_corpus
 from bitjax.corpus.build import encode_batch
 from bitjax.corpus.sources import Document, find_files, read_documents
 from bitjax.corpus.store import INDEX, dtype_name
 from bitjax.corpus.tokenizer_training import train_tokenizer
+from bitjax.text import TextTokenizer
 from bitjax.tokenizer import BYTES
 
 TEXTS = [f"document {i}: " + "naïve 漢字 " * (i % 7) for i in range(60)]
@@ -90,6 +91,32 @@ class Wide:
 
     def encode(self, text):
         return np.array([ord(text[0]), self.most], np.int32)
+
+
+def test_a_corpus_of_32_bits(tmp_path):
+    """Written, mapped and batched: a vocabulary of 65,600, of which the last is "ab"."""
+    trained = train_tokenizer(["ab"], 257)
+    document = json.loads(trained.json)
+    document["model"]["vocab"] |= {f"<{i}>": i for i in range(257, 65_599)} | {"ab": 65_599}
+    document["model"]["merges"] = [["a", "b"]]
+    tokenizer = TextTokenizer(json.dumps(document), trained.special, "here")
+    (tmp_path / "a.txt").write_text("\n".join(["ab" * (i + 1) + "c" for i in range(12)]))
+    config = CorpusConfig(separator="\n", valid_fraction=0, shard_tokens=7)
+    build_corpus([tmp_path / "a.txt"], tmp_path / "c", tokenizer, config)
+    corpus = Corpus(tmp_path / "c", check=True)
+    c, end = int(tokenizer.encode("c")[0]), tokenizer.stop[0]
+    wanted = np.concatenate([[65_599] * (i + 1) + [c, end] for i in range(12)])
+    raw = b"".join(path.read_bytes() for path in sorted((tmp_path / "c").glob("train-*.tokens")))
+    np.testing.assert_array_equal(np.frombuffer(raw, "<u4"), wanted)
+    found = corpus.train.windows(np.array([0, 5]), 40)
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(found, [wanted[:40], wanted[5:45]])
+    batch = Loader([corpus.train], 8, 2, seed=0, apart=True).batch(0)
+    assert batch.tokens.max() == 65_599
+    for tokens, segments in zip(batch.tokens, batch.segments, strict=True):
+        ends = np.cumsum(np.concatenate([[0], tokens[:-1] == end]))  # of documents before each
+        np.testing.assert_array_equal(segments, ends + 1)
+    assert corpus.train.documents == 12
 
 
 def test_ids_of_32_bits_and_ids_beyond_the_vocabulary():

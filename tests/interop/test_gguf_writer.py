@@ -209,6 +209,28 @@ def test_notes():
     assert notes("F16", weights="float", activations="float") == ""
 
 
+@pytest.mark.parametrize(
+    ("changes", "setting"),
+    [
+        (
+            {"weight_scale": "group", "weight_group": 64},
+            r"weight_scale='group' \(weight_group=64\)",
+        ),
+        ({"activations": "int4"}, "activations='int4'"),
+        ({"hadamard": True}, "hadamard=true"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["TQ2_0", "I2_S", "F16"])
+def test_quantisers_of_training_alone(tmp_path, changes, setting, kind):
+    """Refused before a weight is read."""
+    config = tiny_config(**WIDE | changes)
+    checkpoint = dataclasses.replace(random_checkpoint(tiny_config(**WIDE), 0.5), config=config)
+    checkpoint = dataclasses.replace(checkpoint, read=None)
+    with pytest.raises(ValueError, match=f"^GGUF cannot express this model's {setting}$"):
+        write_gguf(tmp_path / "file", checkpoint, kind)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_weights_that_do_not_fit(tmp_path):
     def refused(name, value, message, kind="TQ2_0", **changes):
         config = tiny_config(**(WIDE | changes))

@@ -1,10 +1,5 @@
 """What a run writes of itself."""
 
-import struct
-import sys
-
-import pytest
-
 from bitjax.train import Report, read_metrics
 from bitjax.train.metrics import MetricsWriter, scalars
 
@@ -32,48 +27,12 @@ def test_scalars_name_the_field_before_the_layer():
 
 
 def test_steps_to_be_repeated_are_forgotten(tmp_path):
-    with MetricsWriter(tmp_path, 0, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path, 0) as writer:
         for step in (1, 2, 3):
             writer.write(report(step))
         writer.rewind(1)
         writer.write(report(2))
     assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2]
-    with MetricsWriter(tmp_path, 1, tensorboard=False):
+    with MetricsWriter(tmp_path, 1):
         pass
     assert [r["step"] for r in read_metrics(tmp_path)] == [1]
-
-
-def events(folder):
-    """TensorBoard's events: each record is its length (8 bytes), a CRC (4), the event, a CRC."""
-    proto = pytest.importorskip("tensorboardX.proto.event_pb2")
-    found = []
-    for path in sorted(folder.iterdir()):
-        raw = path.read_bytes()
-        while raw:
-            (length,) = struct.unpack("<Q", raw[:8])
-            found.append(proto.Event.FromString(raw[12 : 12 + length]))
-            raw = raw[16 + length :]
-    return found
-
-
-def test_tensorboard_gets_every_number(tmp_path):
-    pytest.importorskip("tensorboardX")
-    with MetricsWriter(tmp_path, 0, tensorboard=True) as writer:
-        writer.write(report(1, layers=LAYERS))
-        writer.write(report(2, mfu=0.5))
-    found = {
-        (event.step, value.tag): value.simple_value
-        for event in events(tmp_path / "tensorboard")
-        for value in event.summary.value
-    }
-    assert found[1, "loss"] == 2.5
-    assert found[2, "loss"] == 1.25
-    assert found[2, "mfu"] == 0.5
-    assert found[1, "flips/blocks.0.ffn.down"] == 0.25
-    assert len(found) == 4 + 2 + 5
-
-
-def test_tensorboard_is_asked_for_in_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ModuleNotFoundError, match=r"needs tensorboardX; pip install 'bitjax\[ten"):
-        MetricsWriter(tmp_path, 0, tensorboard=True)

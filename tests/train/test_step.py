@@ -133,6 +133,22 @@ PINNED_LOSS = 4.33625
 PINNED_NORM = 5.97895
 
 
+@pytest.mark.parametrize("scale", ["tensor", "row", "group"])
+@pytest.mark.parametrize("kind", ["ternary", "ternary_median", "ternary_learned", "binary"])
+def test_every_quantiser_can_be_trained(kind, scale):
+    """Traced only: the values are those of tests/quant."""
+    model = tiny_config(
+        vocab_size=32, num_layers=1, weights=kind, weight_scale=scale, activations="int4",
+        weight_group=4 if scale == "group" else 0, hadamard=True,
+    )  # fmt: skip
+    drawn = config(stochastic_rounding="both", quantization_warmup_steps=2)
+    trainer = Trainer(dataclasses.replace(drawn, model=model))
+    state = jax.eval_shape(trainer.init)
+    after, metrics = jax.eval_shape(trainer.step, state, BATCH)
+    assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, state)
+    assert metrics["loss"].shape == ()
+
+
 def test_the_strength_of_quantisation_grows_to_one():
     found = [float(quantization_strength(t, 4)) for t in (0, 1, 4, 9)]
     assert found == [0, 0.25, 1, 1]
