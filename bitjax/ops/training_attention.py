@@ -46,7 +46,7 @@ def train_attention(
         ValueError: shapes or dtypes that do not fit.
         ModuleNotFoundError: the extension is not installed.
     """
-    B, T, N, h = qkv_BxTxNxh.shape
+    B, _, N, _ = qkv_BxTxNxh.shape
     keys = N - num_heads
     if not 0 < num_heads < N or keys % 2 or num_heads % (keys // 2):
         raise ValueError(

@@ -290,7 +290,7 @@ def test_wrong_operands_are_refused(change, message):
 
 def test_machines_that_cannot_are_told(monkeypatch):
     monkeypatch.setattr(ffi, "available", lambda: False)
-    with pytest.raises(ValueError, match="train.attention='fused' needs the extension"):
+    with pytest.raises(ValueError, match=r"train\.attention='fused' needs the extension"):
         require_available()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(ValueError, match="fused' runs on CPU; JAX's default backend is gpu"):

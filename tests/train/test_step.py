@@ -183,10 +183,9 @@ def test_integer_products_give_the_loss_to_the_bit_and_gradients_to_bfloat16():
 def test_fused_attention_gives_the_same_loss_and_gradients(segments, remat):
     batch, found = BATCH._replace(segments=segments), {}
     for attention in ("xla", "fused"):
-        run = config(attention=attention, remat=remat)
-        trainer = Trainer(
-            dataclasses.replace(run, model=dataclasses.replace(run.model, head_dim=16))
-        )
+        settings = TrainConfig(batch_size=4, seq_len=8, attention=attention, remat=remat)
+        model = tiny_config(vocab_size=32, head_dim=16)
+        trainer = Trainer(RunConfig(model=model, train=settings))
         params = trainer.init().params
         step = jax.value_and_grad(lambda x, t=trainer: t.means(x, batch)["loss"])
         lowered = jax.jit(step).lower(params)
