@@ -96,6 +96,7 @@ bool cpu_has_dotprod() { return false; }
 struct Entry {
   Kernel kernel;
   AttentionKernel attention;
+  TrainingAttentionKernel (*training)();
   bool supported;
 };
 
@@ -103,27 +104,27 @@ struct Entry {
 const std::vector<Entry>& entries() {
   static const std::vector<Entry> all = {
 #ifdef BITJAX_HAVE_AVX512VBMI
-      {avx512vbmi_kernel(), avx512vbmi_attention(), cpu_has_avx512vnni() && cpu_has_avx512vbmi()},
+      {avx512vbmi_kernel(), avx512vbmi_attention(), avx512vnni_training_attention, cpu_has_avx512vnni() && cpu_has_avx512vbmi()},
 #endif
 #ifdef BITJAX_HAVE_AVX512VNNI
-      {avx512vnni_kernel(), avx512vnni_attention(), cpu_has_avx512vnni()},
+      {avx512vnni_kernel(), avx512vnni_attention(), avx512vnni_training_attention, cpu_has_avx512vnni()},
 #endif
 #ifdef BITJAX_HAVE_AVXVNNI
-      {avxvnni_kernel(), avxvnni_attention(), cpu_has_avxvnni()},
+      {avxvnni_kernel(), avxvnni_attention(), avx2_training_attention, cpu_has_avxvnni()},
 #endif
 #ifdef BITJAX_HAVE_AVX2
-      {avx2_kernel(), avx2_attention(), cpu_has_avx2()},
+      {avx2_kernel(), avx2_attention(), avx2_training_attention, cpu_has_avx2()},
 #endif
 #ifdef BITJAX_HAVE_I8MM
-      {i8mm_kernel(), i8mm_attention(), cpu_has_i8mm()},
+      {i8mm_kernel(), i8mm_attention(), neon_training_attention, cpu_has_i8mm()},
 #endif
 #ifdef BITJAX_HAVE_DOTPROD
-      {dotprod_kernel(), dotprod_attention(), cpu_has_dotprod()},
+      {dotprod_kernel(), dotprod_attention(), neon_training_attention, cpu_has_dotprod()},
 #endif
 #ifdef BITJAX_HAVE_NEON
-      {neon_kernel(), neon_attention(), true},  // 64-bit Arm includes NEON
+      {neon_kernel(), neon_attention(), neon_training_attention, true},  // 64-bit Arm includes NEON
 #endif
-      {scalar_kernel(), scalar_attention(), true},
+      {scalar_kernel(), scalar_attention(), scalar_training_attention, true},
   };
   return all;
 }
@@ -189,6 +190,16 @@ const AttentionKernel& active_attention() {
   for (const Entry& entry : entries())
     if (name == entry.kernel.name) return entry.attention;
   return entries().back().attention;  // not reached: active kernels are among the entries
+}
+
+TrainingAttentionKernel active_training_attention() {
+  return training_attention_of(active_kernel().name);
+}
+
+TrainingAttentionKernel training_attention_of(const std::string& kernel) {
+  for (const Entry& entry : entries())
+    if (kernel == entry.kernel.name) return entry.training();
+  throw std::invalid_argument("unknown kernel '" + kernel + "'");
 }
 
 const TrainingKernel* training_kernel() {

@@ -13,6 +13,7 @@
 
 #include "attention.h"
 #include "kernel.h"
+#include "training_attention.h"
 
 namespace bitjax {
 
@@ -26,6 +27,10 @@ const Kernel& active_kernel();
 
 // Attention compiled for the same instruction set.
 const AttentionKernel& active_attention();
+
+// The same for training's attention, of which sets that are alike in float32 share one.
+TrainingAttentionKernel active_training_attention();
+TrainingAttentionKernel training_attention_of(const std::string& kernel);
 
 // Forces a kernel for the whole process from the next product on; an empty name lifts the force.
 // Throws std::invalid_argument, and changes nothing, when the kernel is unknown or unsupported.

@@ -17,6 +17,7 @@ extern const Registration kMatmulRegistrations[2];
 extern const Registration kAttentionRegistrations[2];
 extern const Registration kHeadRegistrations[1];
 extern const Registration kTrainingRegistrations[2];
+extern const Registration kTrainingAttentionRegistrations[2];
 
 }  // namespace bitjax
 

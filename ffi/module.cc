@@ -31,6 +31,7 @@ nb::dict registrations() {
   for (const bitjax::Registration& entry : bitjax::kAttentionRegistrations) add(entry);
   for (const bitjax::Registration& entry : bitjax::kHeadRegistrations) add(entry);
   for (const bitjax::Registration& entry : bitjax::kTrainingRegistrations) add(entry);
+  for (const bitjax::Registration& entry : bitjax::kTrainingAttentionRegistrations) add(entry);
   return result;
 }
 

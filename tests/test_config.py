@@ -62,7 +62,7 @@ NORMS = dataclasses.replace(
     data=dataclasses.replace(UNUSUAL.data, text="", mixture=("a b=0.5", "c=2")),
 )
 # And what goes with neither bfloat16, nor a warm-up, nor a mesh.
-PRODUCTS = RunConfig(train=TrainConfig(products="integer"))
+PRODUCTS = RunConfig(train=TrainConfig(products="integer", attention="fused"))
 ALL = (RunConfig(), UNUSUAL, NORMS, PRODUCTS)
 
 
@@ -166,6 +166,7 @@ WRONG = {
     "bool": ((0, 1, "true", None), "of type bool"),
     "str": ((b"x", None, 3), "of type str"),
     "Products": ((3, "float32"), "one of xla, integer"),
+    "TrainAttention": ((3, "integer"), "one of xla, fused"),
     "DType": (("float16", None, 32), "one of float32, bfloat16"),
     "WeightQuantizer": (("int4", None, []),
                         "one of ternary, ternary_median, ternary_learned, binary, float"),
@@ -270,6 +271,9 @@ def test_positive(section, field, value):
         (TrainConfig, {"products": "integer", "compute_dtype": "bfloat16"},
          "train.products='integer' wants train.compute_dtype='float32' and "
          "train.quantization_warmup_steps=0; got 'bfloat16' and 0"),
+        (TrainConfig, {"products": "integer", "stochastic_rounding": "both"},
+         "train.products='integer' rounds activations to nearest; got "
+         "train.stochastic_rounding='both'"),
         (TrainConfig, {"products": "integer", "quantization_warmup_steps": 2},
          "train.products='integer' wants train.compute_dtype='float32' and "
          "train.quantization_warmup_steps=0; got 'float32' and 2"),
@@ -280,6 +284,13 @@ def test_positive(section, field, value):
          "model.activations='int4'"),
         (RunConfig, {"train": TrainConfig(products="integer"), "mesh": MeshConfig(data=2)},
          "train.products='integer' runs on one device; the mesh has 2"),
+        (TrainConfig, {"attention": "fused", "compute_dtype": "bfloat16"},
+         "train.attention='fused' wants train.compute_dtype='float32'; got 'bfloat16'"),
+        (RunConfig, {"train": TrainConfig(attention="fused"), "mesh": MeshConfig(data=2)},
+         "train.attention='fused' runs on one device; the mesh has 2"),
+        (RunConfig, {"train": TrainConfig(attention="fused"), "model": ModelConfig(head_dim=24)},
+         "train.attention='fused' wants heads of a multiple of 16 dimensions, 512 at most; got "
+         "model.head_dim=24"),
         (TrainConfig, {"eval_every": -1}, "train.eval_every=-1 is negative"),
         (TrainConfig, {"seed": -1}, "train.seed=-1 is negative"),
         (TrainConfig, {"batch_size": 10, "accumulate": 4},

@@ -23,11 +23,11 @@ from bitjax.config.model import (
 )
 from bitjax.config.optimizer import OptimizerConfig
 from bitjax.config.run import RunConfig
-from bitjax.config.train import WATCHING, Products, TrainConfig
+from bitjax.config.train import WATCHING, Products, TrainAttention, TrainConfig
 
 __all__ = [
     "TOKENIZER_VOCAB_SIZE", "WATCHING", "ActivationQuantizer", "CacheDType", "CorpusConfig",
     "CorpusKind", "DType", "DataConfig", "MeshConfig", "ModelConfig", "OptimizerConfig",
-    "Products", "RopeScaling", "RunConfig", "TrainConfig", "WeightQuantizer", "from_dict",
-    "from_json", "override", "to_json",
+    "Products", "RopeScaling", "RunConfig", "TrainAttention", "TrainConfig", "WeightQuantizer",
+    "from_dict", "from_json", "override", "to_json",
 ]  # fmt: skip

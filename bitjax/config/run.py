@@ -42,6 +42,15 @@ class RunConfig:
             self.train.products == "xla" or mesh.devices == 1,
             f"train.products='integer' runs on one device; the mesh has {mesh.devices}",
         )
+        require(
+            self.train.attention == "xla" or mesh.devices == 1,
+            f"train.attention='fused' runs on one device; the mesh has {mesh.devices}",
+        )
+        require(
+            self.train.attention == "xla" or (model.head_dim % 16 == 0 and model.head_dim <= 512),
+            "train.attention='fused' wants heads of a multiple of 16 dimensions, 512 at most; got "
+            f"model.head_dim={model.head_dim}",
+        )
         for name in ("weights", "activations"):
             require(
                 self.train.stochastic_rounding not in (name, "both")

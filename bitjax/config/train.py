@@ -9,6 +9,7 @@ from bitjax.config.fields import check_fields, require, require_positive
 from bitjax.config.model import DType
 
 Products = Literal["xla", "integer"]
+TrainAttention = Literal["xla", "fused"]
 
 # Settings that change nothing a run computes: they may differ from those it was started with.
 WATCHING = (
@@ -35,6 +36,8 @@ class TrainConfig:
     compute_dtype: DType = "float32"  # of activations; master weights are always float32
     products: Products = "xla"  # of quantised layers. integer: on CPUs with AVX-512 BF16 and VNNI,
     # exact forward; backward with gradients rounded to bfloat16 (bitjax/ops/training.py)
+    attention: TrainAttention = "xla"  # fused: on CPU, float32, the same by custom calls that keep
+    # no scores in memory (bitjax/ops/training_attention.py)
     quantization_warmup_steps: int = 0  # lambda grows from 0 to 1 over as many: x + lambda (q(x) -
     # x) for weights and activations, so that a full-precision model becomes a quantised one
     stochastic_rounding: Literal["none", "weights", "activations", "both"] = "none"  # of what is
@@ -95,6 +98,11 @@ class TrainConfig:
             self.products == "xla" or self.stochastic_rounding not in ("activations", "both"),
             "train.products='integer' rounds activations to nearest; got "
             f"train.stochastic_rounding={self.stochastic_rounding!r}",
+        )
+        require(
+            self.attention == "xla" or self.compute_dtype == "float32",
+            "train.attention='fused' wants train.compute_dtype='float32'; got "
+            f"{self.compute_dtype!r}",
         )
         require(self.seed >= 0, f"train.seed={self.seed} is negative")
         require(

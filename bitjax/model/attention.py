@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bitjax import ops
-from bitjax.config import ModelConfig
+from bitjax.config import ModelConfig, TrainAttention
 from bitjax.model.layers import BitLinear, RMSNorm, rotary_angles, rotary_frequencies
 from bitjax.ops import reference
 from bitjax.ops.reference import KEY_BLOCK
+from bitjax.ops.training_attention import train_attention
 
 
 @jax.tree_util.register_dataclass
@@ -60,6 +61,7 @@ class Attention(nnx.Module):
         self.sub_norm = RMSNorm(H * h, config.norm_eps) if config.sub_norm else None
         self.o = BitLinear(H * h, D, config=config, rngs=rngs, transform=True)
         self.config = config
+        self.training: TrainAttention = "xla"  # without a cache; not stored
 
     def __call__(
         self,
@@ -89,7 +91,9 @@ class Attention(nnx.Module):
         qkv_BxTxNxh = self.qkv(x_BxTxD, norm=norm).reshape(B, T, -1, h)
         frequencies = rotary_frequencies(h, config.rope_theta, config.rope_scaling)
         turn_BxTxh = rotary_angles(positions_BxT, frequencies)
-        if cache is None:
+        if cache is None and self.training == "fused":
+            mixed = train_attention(qkv_BxTxNxh, turn_BxTxh, segments_BxT, H)
+        elif cache is None:
             turned = reference.rotate(qkv_BxTxNxh[:, :, : H + G], turn_BxTxh)
             q, k = jnp.split(turned.astype(qkv_BxTxNxh.dtype), [H], axis=2)
             k, v = k.transpose(0, 2, 1, 3), qkv_BxTxNxh[:, :, H + G :].transpose(0, 2, 1, 3)

@@ -293,6 +293,51 @@ def train_backward(
     return dx, dw
 
 
+def train_attention(
+    num_heads: int, qkv_BxTxNxh: jax.Array, turn_BxTxh: jax.Array, segments: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`bitjax.ops.training_attention`, forward: out `[B, T, H h]` and rows `[B, H, 2, T]`."""
+    _load()
+    B, T, _, h = qkv_BxTxNxh.shape
+    call = jax.ffi.ffi_call(
+        "bitjax_train_attention",
+        (
+            jax.ShapeDtypeStruct((B, T, num_heads * h), jnp.float32),
+            jax.ShapeDtypeStruct((B, num_heads, 2, T), jnp.float32),
+        ),
+        vmap_method="sequential",
+    )
+    out, rows = call(qkv_BxTxNxh, turn_BxTxh, segments)
+    return out, rows
+
+
+def train_attention_backward(
+    qkv_BxTxNxh: jax.Array,
+    turn_BxTxh: jax.Array,
+    segments: jax.Array,
+    out_BxTxHh: jax.Array,
+    rows_BxHx2xT: jax.Array,
+    d_out_BxTxHh: jax.Array,
+) -> jax.Array:
+    """`bitjax.ops.training_attention`, backward: the gradient of qkv."""
+    _load()
+    B, T, N, h = qkv_BxTxNxh.shape
+    H = rows_BxHx2xT.shape[1]
+    G = (N - H) // 2
+    parts = min(H // G * -(-T // _BLOCK), -(-_CHUNKS // max(B * G, 1)))
+    call = jax.ffi.ffi_call(
+        "bitjax_train_attention_backward",
+        (
+            jax.ShapeDtypeStruct(qkv_BxTxNxh.shape, jnp.float32),
+            jax.ShapeDtypeStruct((B * G * parts * 2 * T * h * (parts > 1),), jnp.float32),
+        ),
+        vmap_method="sequential",
+    )
+    gradient, _ = call(qkv_BxTxNxh, turn_BxTxh, segments, out_BxTxHh, rows_BxHx2xT, d_out_BxTxHh)
+    return gradient
+
+
+_BLOCK, _CHUNKS = 64, 32  # kAttentionBlock, kWantedChunks of ffi/
 _ROW, _PANEL, _STRIP = 64, 64, 48  # kRowPadding, kPanelColumns, kStripRows of ffi/
 
 

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from bitjax.config import RunConfig, TrainConfig
 from bitjax.corpus.rows import Batch
 from bitjax.model import Transformer, abstract_model, bit_linears, float_logits
-from bitjax.ops.training import require_available
+from bitjax.ops import training, training_attention
 from bitjax.train import processes, spikes
 from bitjax.train.loss import next_token_losses
 from bitjax.train.next_token import predicted
@@ -106,7 +106,9 @@ class Trainer:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         if config.train.products == "integer":
-            require_available()
+            training.require_available()
+        if config.train.attention == "fused":
+            training_attention.require_available()
         self.objective = make_objective(config.train)
         self.graph = nnx.graphdef(abstract_model(config.model, config.train.compute_dtype))
         self.optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -169,6 +171,8 @@ class Trainer:
         how.set(model)
         for _, layer in bit_linears(model):
             layer.products = self.config.train.products
+        for block in model.blocks:
+            block.attention.training = self.config.train.attention
         tokens = jnp.asarray(batch.tokens)
         segments = None if batch.segments is None else jnp.asarray(batch.segments)[:, :-1]
         hidden, table = model.before_head(tokens[:, :-1], segments)

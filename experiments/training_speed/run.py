@@ -36,7 +36,10 @@ SIZES = {"1M": (128, 6, 16), "6M": (256, 7, 16), "27M": (512, 8, 8)}
 VARIANTS = {
     "bitjax float32": {},
     "bitjax float32, full precision": {"twin": True},
+    "bitjax float32 fused": {"attention": "fused"},
+    "bitjax float32 fused, full precision": {"twin": True, "attention": "fused"},
     "bitjax integer": {"products": "integer"},
+    "bitjax integer fused": {"products": "integer", "attention": "fused"},
     "torch float32": {},
     "torch float32, compiled": {"compile": True},
     "torch bfloat16": {"autocast": True},
@@ -47,10 +50,23 @@ TORCH_BF16 = ("torch bfloat16", "torch bfloat16, compiled")
 # Times as fast as the best of others.
 COMPARISONS = [
     ("**float32 / torch's best float32**", "bitjax float32", TORCH_F32),
+    ("**float32 fused / torch's best float32**", "bitjax float32 fused", TORCH_F32),
     ("**integer / torch's best float32**", "bitjax integer", TORCH_F32),
+    ("**integer fused / torch's best float32**", "bitjax integer fused", TORCH_F32),
     ("**integer / torch's best bfloat16**", "bitjax integer", TORCH_BF16),
+    ("**integer fused / torch's best bfloat16**", "bitjax integer fused", TORCH_BF16),
     ("**float32 / our full precision**", "bitjax float32", ("bitjax float32, full precision",)),
+    (
+        "**float32 fused / our full precision fused**",
+        "bitjax float32 fused",
+        ("bitjax float32 fused, full precision",),
+    ),
     ("**integer / our full precision**", "bitjax integer", ("bitjax float32, full precision",)),
+    (
+        "**integer fused / our full precision fused**",
+        "bitjax integer fused",
+        ("bitjax float32 fused, full precision",),
+    ),
 ]
 Step = Callable[[], float]  # takes one step; returns its loss
 

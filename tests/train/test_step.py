@@ -192,3 +192,23 @@ def test_integer_products_give_the_loss_to_the_bit_and_gradients_to_bfloat16():
         (np.asarray(a) != np.asarray(b)).any()
         for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True)
     )
+
+
+@pytest.mark.skipif(not ffi.available(), reason="the extension is not installed")
+@pytest.mark.parametrize(("segments", "remat"), [(None, False), (SEGMENTS, True)])
+def test_fused_attention_gives_the_same_loss_and_gradients(segments, remat):
+    batch, found = BATCH._replace(segments=segments), {}
+    for attention in ("xla", "fused"):
+        settings = TrainConfig(batch_size=4, seq_len=8, attention=attention, remat=remat)
+        model = tiny_config(vocab_size=32, head_dim=16)
+        trainer = Trainer(RunConfig(model=model, train=settings))
+        params = trainer.init().params
+        step = jax.value_and_grad(lambda x, t=trainer: t.means(x, batch)["loss"])
+        lowered = jax.jit(step).lower(params)
+        assert ("bitjax_train_attention_backward" in lowered.as_text()) == (attention == "fused")
+        found[attention] = lowered.compile()(params)
+    (loss, gradients), (wanted, expected) = found["fused"], found["xla"]
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
+        # Where rounding moves an activation over a code's border, by a step of that code.
+        assert jnp.linalg.norm(a - b) <= 1e-2 * jnp.linalg.norm(b)
