@@ -82,14 +82,12 @@ def make_plan(
     if wanted.budget is not None and wanted.design != "isoflop":
         cells = planner.within(cells, wanted.budget)
     runs, sweeps = planner.all(cells)
-    used = {(s.size, s.arm) for s in sweeps}
     corpus = {
         "name": Path(base.data.text).name or "packaged text", "data": held.data,
         "validation": held.identity, "tokenizer": held.tokenizer,
         "train_tokens": held.train_tokens, "tokens": len(held.tokens),
     }  # fmt: skip
-    kept = [c for c in rates.all() if (c.size, c.arm) in used]
-    return Plan(recipe, wanted.study, corpus, kept, sweeps, runs)
+    return Plan(recipe, wanted.study, corpus, rates.all(), sweeps, runs)
 
 
 def _cells(base: RunConfig, wanted: Wanted, planner: Planner, rates: _Rates) -> Cells:

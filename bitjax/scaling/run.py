@@ -434,7 +434,7 @@ def _progress(job: Job) -> float:
 def _curve(made: Mapping[str, Any]) -> str:
     """Five digits are more than a curve's noise."""
     curve = {
-        name: [None if x is None else float(f"{x:.5g}") for x in values]
+        name: [float(f"{x:.5g}") if isinstance(x, float) else x for x in values]
         for name, values in made["curve"].items()
         if any(x is not None for x in values)
     }

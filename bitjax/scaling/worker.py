@@ -118,7 +118,7 @@ def _train(task: dict[str, Any]) -> dict[str, Any]:
         records = read_metrics(directory)
         made = score(Trainer(config).model(state.params), held_out(config))
     of_step = config.train.batch_size * config.train.seq_len
-    steps = [0, *(r["step"] for r in records)]
+    steps = [0, *(int(r["step"]) for r in records)]
     seconds = sum(
         (step - before) * of_step / r["tokens_per_second"]
         for before, step, r in zip(steps, steps[1:], records, strict=False)
