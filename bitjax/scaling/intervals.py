@@ -1,0 +1,165 @@
+"""How well the runs decide a fit: bootstraps and profile likelihoods.
+
+    cells    cells of equal N and D are drawn with replacement, twins and seeds with them (Besiroglu
+             et al., arXiv 2404.10102, have one run to a cell)
+    wild     the design stays; each cell's residuals, grown for what the fit took up, change sign
+             together at random (Feng, He and Hu, "Wild bootstrap for quantile regression",
+             Biometrika 98, 2011: signs are right for medians, which a small delta fits)
+    profile  no resampling: a quantity is moved from its best value and all else fitted again, until
+             the objective has risen by what the noise explains
+
+The first needs many cells: with 15 to 25 it draws designs of two or three sizes, whose fits are
+degenerate. The coverage of all three is measured in experiments/scaling_coverage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import numpy as np
+
+from bitjax.scaling.fit import Fit
+from bitjax.scaling.minimize import minimize
+
+Resampling = Literal["wild", "cells"]
+RESAMPLINGS: tuple[Resampling, ...] = get_args(Resampling)
+RESAMPLES = 4000  # Besiroglu et al.
+CHUNK = 2_000_000  # numbers in a stack [R, n, P]: 16 MB
+POINTS = 24  # of a profile, to each side
+MIN_LEFT = 0.05  # of 1: what a fit leaves of a cell, or the cell decides a direction alone
+REACH = 6.0  # standard deviations that a profile goes to each side, if it must
+
+Quantity = Callable[[np.ndarray], np.ndarray]  # theta [R, P] -> values [R]
+
+
+def bootstrap(
+    fit: Fit, resamples: int = RESAMPLES, method: Resampling = "wild", seed: int = 0
+) -> np.ndarray:
+    """Fits to resampled runs, [resamples, P]; each starts from the fit to all.
+
+    Raises:
+        ValueError: an unknown method.
+    """
+    if method not in RESAMPLINGS:
+        raise ValueError(f"no bootstrap {method!r}; there are {', '.join(RESAMPLINGS)}")
+    draw = np.random.default_rng(seed)
+    cells = fit.runs.cells
+    count = int(cells.max()) + 1
+    found = np.empty((resamples, len(fit.theta)))
+    rows = max(1, CHUNK // (len(cells) * len(fit.theta)))
+    for first in range(0, resamples, rows):
+        R = min(rows, resamples - first)
+        start = np.tile(fit.theta, (R, 1))
+        if method == "cells":
+            weights = draw.multinomial(count, np.full(count, 1 / count), R).astype(float)
+            found[first : first + R] = fit.problem.minimize(start, weights[:, cells]).x
+        else:
+            signs = draw.choice((-1.0, 1.0), (R, count))[:, cells]
+            y = fit.problem.y + fit.residuals + signs * grown_residuals(fit)
+            found[first : first + R] = fit.problem.minimize(start, np.ones((1, len(cells))), y).x
+    return found
+
+
+def grown_residuals(fit: Fit) -> np.ndarray:
+    """Residuals [n] of their expected size: of a cell's residuals r the fit has followed the share
+    H, the cell's block of the projection on the derivatives, so (I - H)^-1 r, which is what a fit
+    without the cell would leave (CR3 of Bell and McCaffrey, Survey Methodology 28, 2002)."""
+    J = fit.jacobian
+    basis = np.linalg.qr(J / np.maximum(np.linalg.norm(J, axis=0), 1e-300))[0]
+    grown = np.empty(len(J))
+    for cell in range(int(fit.runs.cells.max()) + 1):
+        rows = np.flatnonzero(fit.runs.cells == cell)
+        left = np.eye(len(rows)) - basis[rows] @ basis[rows].T
+        # A direction that this cell alone decides leaves no residual to grow.
+        grown[rows] = np.linalg.pinv(left, rcond=MIN_LEFT) @ fit.residuals[rows]
+    return grown
+
+
+def noise(fit: Fit) -> float:
+    """Standard deviation of log loss around the law, were it normal: the median of |residuals| over
+    0.6745, without the P smallest, which a fit of P parameters to medians makes nearly 0."""
+    sizes = np.sort(np.abs(fit.residuals))
+    return float(np.median(sizes[len(fit.theta) :]) / 0.6745)
+
+
+def profile(
+    fit: Fit, quantity: Quantity, confidence: float = 0.95
+) -> tuple[float, float, np.ndarray]:
+    """The interval of a quantity by its profile, and the profile itself.
+
+    Each point minimises S + k (g - c)^2 for one c: whatever c and k, its own g and S lie on the
+    profile, so c need not be met.
+
+    Returns:
+        low and high, -inf or inf where the objective does not rise enough within reach; and
+        [points, 2]: values of the quantity, and sqrt of the likelihood ratio (in standard
+        deviations).
+    """
+    from scipy.stats import norm, t
+
+    n, P = fit.jacobian.shape
+    sd = noise(fit)
+    u = fit.problem.delta / sd
+    inside = 2 * norm.cdf(u) - 1
+    # Eu^2 inside delta, and 1 outside, of z / u: the variance of the score, and its slope, whose
+    # quotient turns a rise of the objective into a likelihood ratio (Ronchetti's tau test).
+    square = (inside - 2 * u * norm.pdf(u)) / u**2 + 1 - inside
+    factor = 2 * inside / square
+    limit = float(t.ppf((1 + confidence) / 2, max(n - P, 1)))
+
+    theta = fit.theta[None]
+    best = float(quantity(theta)[0])
+    slope = derivatives(quantity, theta)[0]
+    covariance = sd**2 * np.linalg.pinv(fit.jacobian.T @ fit.jacobian, rcond=1e-12)
+    width = max(float(np.sqrt(slope @ covariance @ slope)), 1e-9 * abs(best), 1e-300)
+    width *= np.sqrt(square / inside) / u if u < 1 else 1  # efficiency of the Huber loss
+    steps = np.linspace(0, REACH * limit / 2, POINTS + 1)[1:]
+    targets = best + np.concatenate([-steps[::-1], steps]) * width
+    stiffness = 50 / width**2 / factor
+    weights = np.ones((1, n))
+
+    def penalised(x: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        S, g = fit.problem.objective(x, weights)
+        off = np.nan_to_num(quantity(x), nan=1e300, posinf=1e300, neginf=-1e300) - targets[rows]
+        with np.errstate(over="ignore", invalid="ignore"):
+            value = S + stiffness * off**2
+            gradient = g + (2 * stiffness * off)[:, None] * derivatives(quantity, x)
+        return value, np.nan_to_num(gradient)
+
+    start = np.tile(theta, (len(targets), 1))
+    inverse = fit.problem.inverse_curvature(start, weights)
+    found = minimize(penalised, start, inverse, 1e-10)
+    values = quantity(found.x)
+    rise = factor * (
+        fit.problem.objective(found.x, weights)[0] - fit.objective / fit.problem.delta**2
+    )
+    z = np.sqrt(np.maximum(rise, 0))
+    below, above = values < best, values > best
+    low = _crossing(best, values[below], z[below], limit, -np.inf)
+    high = _crossing(best, values[above], z[above], limit, np.inf)
+    order = np.argsort(values)
+    return low, high, np.stack([values[order], z[order]], 1)
+
+
+def derivatives(quantity: Quantity, theta: np.ndarray) -> np.ndarray:
+    """[R, P] by central differences, of 1e-6 in every coordinate (they are logarithms)."""
+    P, h = theta.shape[1], 1e-6
+    shifted = theta[:, None, None] + h * np.stack([np.eye(P), -np.eye(P)])[None]
+    values = quantity(shifted.reshape(-1, P)).reshape(len(theta), 2, P)
+    return (values[:, 0] - values[:, 1]) / (2 * h)
+
+
+def _crossing(
+    best: float, values: np.ndarray, z: np.ndarray, limit: float, nothing: float
+) -> float:
+    """Where z first passes the limit on the way out from the best value, by interpolation."""
+    order = np.argsort(np.abs(values - best))
+    v = np.concatenate([[best], values[order]])
+    z = np.concatenate([[0.0], z[order]])
+    over = np.flatnonzero(z >= limit)
+    if not len(over):
+        return nothing
+    i = over[0]
+    share = (limit - z[i - 1]) / (z[i] - z[i - 1])
+    return float(v[i - 1] + share * (v[i] - v[i - 1]))
