@@ -1,19 +1,20 @@
 """How well the runs decide a fit: bootstraps and profile likelihoods.
 
-    cells    cells of equal N and D are drawn with replacement, twins and seeds with them (Efron 1979;
-             Besiroglu et al., arXiv 2404.10102, have one run to a cell)
+    cells    cells of equal N and D are drawn with replacement, twins and seeds with them (Efron,
+             1979; Besiroglu et al., arXiv 2404.10102, have one run to a cell)
     weights  every cell stays, with a random weight of mean 1 (exponential, divided by their mean:
              Rubin, "The Bayesian bootstrap", Ann. Statist. 9, 1981)
     profile  no resampling: a quantity is moved from its best value and all else fitted again, until
              the objective has risen by what the noise explains
 
 Drawing few cells often gives designs of one size or token count, whose fits mean nothing; weights
-keep the design. Measured (experiments/scaling_coverage): intervals of `cells` cover as often as they
-claim or more, those of `weights` and profiles are narrower and cover a little less.
+keep the design. Measured (experiments/scaling_coverage): intervals of `cells` cover as often as
+they claim or more, those of `weights` and profiles are narrower and cover a little less.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -78,7 +79,8 @@ def noise(fit: Fit) -> float:
     """Standard deviation of log loss around the law, were it normal: the median of |residuals| over
     0.6745, without the P smallest, which a fit of P parameters to medians makes nearly 0."""
     sizes = np.sort(np.abs(fit.residuals))
-    return float(np.median(sizes[len(fit.theta) :]) / 0.6745)
+    # Losses without noise would leave nothing to divide by; they are known to 1e-9 at best.
+    return max(float(np.median(sizes[len(fit.theta) :]) / 0.6745), 1e-9)
 
 
 def profile(
@@ -94,24 +96,17 @@ def profile(
         [points, 2]: values of the quantity, and sqrt of the likelihood ratio (in standard
         deviations).
     """
-    from scipy.stats import norm, t
+    from scipy.stats import t
 
     n, P = fit.jacobian.shape
-    sd = noise(fit)
-    u = fit.problem.delta / sd
-    inside = 2 * norm.cdf(u) - 1
-    # Eu^2 inside delta, and 1 outside, of z / u: the variance of the score, and its slope, whose
-    # quotient turns a rise of the objective into a likelihood ratio (Ronchetti's tau test).
-    square = (inside - 2 * u * norm.pdf(u)) / u**2 + 1 - inside
-    factor = 2 * inside / square
+    factor, spread = _huber_statistics(fit.problem.delta, noise(fit))
     limit = float(t.ppf((1 + confidence) / 2, max(n - P, 1)))
 
     theta = fit.theta[None]
     best = float(quantity(theta)[0])
     slope = derivatives(quantity, theta)[0]
-    covariance = sd**2 * np.linalg.pinv(fit.jacobian.T @ fit.jacobian, rcond=1e-12)
+    covariance = spread**2 * np.linalg.pinv(fit.jacobian.T @ fit.jacobian, rcond=1e-12)
     width = max(float(np.sqrt(slope @ covariance @ slope)), 1e-9 * abs(best), 1e-300)
-    width *= np.sqrt(square / inside) / u if u < 1 else 1  # efficiency of the Huber loss
     steps = np.linspace(0, REACH * limit / 2, POINTS + 1)[1:]
     targets = best + np.concatenate([-steps[::-1], steps]) * width
     stiffness = 50 / width**2 / factor
@@ -138,6 +133,22 @@ def profile(
     high = _crossing(best, values[above], z[above], limit, np.inf)
     order = np.argsort(values)
     return low, high, np.stack([values[order], z[order]], 1)
+
+
+def _huber_statistics(delta: float, sd: float) -> tuple[float, float]:
+    """For normal residuals of deviation sd: what makes a rise of S / delta^2 a likelihood ratio
+    (Ronchetti's tau test, Stat. Probab. Lett. 4, 1986), and the deviation of a run's residual as
+    the Huber loss uses it (sd where delta is large, sd sqrt(pi / 2) where it is small).
+
+    With psi(u) = clip(u, -1, 1) at u = r / delta these are 2 E psi' / E psi^2 and
+    delta sqrt(E psi^2) / E psi'.
+    """
+    from scipy.stats import norm
+
+    edge = delta / sd
+    inside = float(2 * norm.cdf(edge) - 1)  # E psi'
+    square = float((inside - 2 * edge * norm.pdf(edge)) / edge**2 + 1 - inside)  # E psi^2
+    return 2 * inside / square, delta * math.sqrt(square) / inside
 
 
 def derivatives(quantity: Quantity, theta: np.ndarray) -> np.ndarray:

@@ -66,6 +66,23 @@ class Runs:
     def __getitem__(self, rows: np.ndarray) -> Runs:
         return Runs(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
+    def where(self, column: str, value: str) -> Runs:
+        """The runs that have a value, as the table writes it, in a column.
+
+        Raises:
+            ValueError: no such column, or none has it.
+        """
+        columns = ("arm", "tokenizer", "validation", "data", "seed", "ended")
+        if column not in columns:
+            raise ValueError(f"runs are chosen by {', '.join(columns)}; got {column!r}")
+        values = [str(v) for v in getattr(self, column)]
+        rows = np.array([v.lower() == value.lower() for v in values])
+        if not rows.any():
+            raise ValueError(
+                f"no run has {column} {value!r}; there are {', '.join(sorted(set(values)))}"
+            )
+        return self[rows]
+
     @property
     def cells(self) -> np.ndarray:
         """Numbers from 0 [n]; runs of equal N and D, so twins and seeds, share one."""
@@ -115,6 +132,13 @@ def read_runs(path: Path) -> Runs:
 
 
 FINISHED = ("done", "finished", "ok", "complete")
+
+
+def without_highest(runs: Runs, count: int) -> Runs:
+    """Runs without those of the `count` highest losses."""
+    if not 0 <= count < len(runs):
+        raise ValueError(f"{count} of {len(runs)} runs cannot be left out")
+    return runs[np.sort(np.argsort(runs.loss)[: len(runs) - count])]
 
 
 def _numbers(path: Path, rows: list[dict[str, str]], column: str) -> np.ndarray:
