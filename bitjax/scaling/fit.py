@@ -178,6 +178,24 @@ class Fit:
         return self.problem.jacobian(self.theta[None])[0]
 
 
+def law_for(runs: Runs, form: Form, arms: tuple[str, ...]) -> Law:
+    """The law of a form, if the runs can be fitted by it.
+
+    Raises:
+        ValueError: see `check_runs` and `Law`; an arm of fewer runs than it has parameters.
+    """
+    center = (float(np.log(runs.N).mean()), float(np.log(runs.D).mean()))
+    law = Law(form, arms, center)
+    check_runs(runs, len(law.names))
+    for arm in law.arms[1:]:
+        if (count := int((runs.arm == arm).sum())) <= (own := len(OFFSETS[form])):
+            raise ValueError(
+                f"{count} runs of arm {arm!r} are too few for the {own} parameters that the "
+                f"{form} law gives it"
+            )
+    return law
+
+
 def fit_law(
     runs: Runs, form: Form = "shared", arms: tuple[str, ...] | None = None,
     delta: float = DELTA, start: np.ndarray | None = None,
@@ -191,9 +209,7 @@ def fit_law(
     Raises:
         ValueError: see `check_runs` and `Law`; no start converged.
     """
-    center = (float(np.log(runs.N).mean()), float(np.log(runs.D).mean()))
-    law = Law(form, arms or runs.arms, center)
-    check_runs(runs, len(law.names))
+    law = law_for(runs, form, arms or runs.arms)
     problem = Problem.of(law, runs, delta)
     starts = problem.starts(runs) if start is None else start[None]
     found = problem.minimize(starts, np.ones((1, len(runs))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -96,6 +97,14 @@ def _memory(
     return np.where(wanted <= math.log(sizes[-1]), inside, np.inf)
 
 
+class Outcome(NamedTuple):
+    """What is known of the gap at a target: the width of its interval, and whether that leaves the
+    tolerance outside."""
+
+    interval: float
+    settled: bool
+
+
 @dataclass(frozen=True)
 class Cost:
     """Of training an arm and its twin to D tokens, and of running the arm.
@@ -104,8 +113,7 @@ class Cost:
         flops: 6 N D for each of the two.
         hours: of one accelerator.
         memory: bytes of the arm's weights and embedding.
-        gap_interval: width of the interval of the gap at the target size, once this pair's gap is
-            known; `settles` whether that is expected to leave the tolerance outside it.
+        outcome: expected, once this pair's gap is known.
     """
 
     N: float
@@ -114,17 +122,16 @@ class Cost:
     hours: float
     dollars: float
     memory: float
-    gap_interval: float
-    settles: bool
+    outcome: Outcome
 
 
 def costs(
     ensemble: Ensemble, arm: str, N: Sequence[float], D: Sequence[float],
     target: tuple[float, float], prices: Prices, tolerance: float = TOLERANCE,
     vocabulary: int = VOCABULARY,
-) -> list[Cost]:  # fmt: skip
-    """What a pair of runs costs at sizes N [n], and whether it would settle the question of the gap
-    at the target (N, D).
+) -> tuple[Outcome, list[Cost]]:  # fmt: skip
+    """What is known today; what a pair of runs costs at sizes N [n], and whether it would settle
+    the question of the gap at the target (N, D).
 
     The pair's own gap is known but for the noise of two runs; what it tells of the target's follows
     from how the two gaps go together over the draws (as in a linear Gaussian model).
@@ -133,21 +140,26 @@ def costs(
     sizes, tokens = np.append(N, target[0]), np.append(D, target[1])
     gaps = ensemble.losses(sizes, tokens, arm) - ensemble.losses(sizes, tokens, reference)
     loss = ensemble.losses(N, D, reference)[0]
-    middle = float(np.median(gaps[1:, -1]))
+    goal = gaps[1:, -1]
+    middle, half = float(np.median(goal)), _z()
+
+    def outcome(variance: float) -> Outcome:
+        reach = half * math.sqrt(variance)
+        return Outcome(2 * reach, reach < abs(middle - tolerance))
+
     found = []
     for i, (n, d) in enumerate(zip(N, D, strict=True)):
-        variance = 2 * (ensemble.noise * loss[i]) ** 2
-        left = 2 * _z() * math.sqrt(_left(gaps[1:, -1], gaps[1:, i : i + 1], np.array([variance])))
+        noise = np.array([2 * (ensemble.noise * loss[i]) ** 2])
         flops = 2 * 6 * n * d
         hours = flops / prices.flops_per_second / 3600
         found.append(
             Cost(
                 float(n), float(d), flops, hours, hours * prices.dollars_per_hour,
-                model_bytes(n, STORED_BITS.get(arm, 16.0), vocabulary), left,
-                left / 2 < abs(middle - tolerance),
+                model_bytes(n, STORED_BITS.get(arm, 16.0), vocabulary),
+                outcome(_left(goal, gaps[1:, i : i + 1], noise)),
             )
         )  # fmt: skip
-    return found
+    return outcome(float(np.var(_winsorised(goal), ddof=1))), found
 
 
 @dataclass(frozen=True)
@@ -179,7 +191,7 @@ def next_runs(
     reference = ensemble.arms[0]
     at = ([target[0]], target[1])
     goal = (ensemble.losses(*at, arm) - ensemble.losses(*at, reference))[1:, 0]
-    now = math.sqrt(float(np.var(_winsorised(goal))))
+    now = math.sqrt(float(np.var(_winsorised(goal), ddof=1)))
     found = []
     for n in N:
         for ratio in ratios:

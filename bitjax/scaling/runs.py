@@ -183,8 +183,7 @@ def check_runs(runs: Runs, parameters: int) -> None:
     if len(runs) <= MIN_RUNS_PER_PARAMETER * parameters:
         raise ValueError(f"{len(runs)} runs are too few for a law of {parameters} parameters")
     for arm in runs.arms:
-        sizes = len(np.unique(runs.N[runs.arm == arm].round(-1)))
-        tokens = len(np.unique(runs.D[runs.arm == arm].round(-1)))
+        sizes, tokens = (_distinct(values[runs.arm == arm]) for values in (runs.N, runs.D))
         if sizes < 2 or tokens < 2:
             raise ValueError(
                 f"arm {arm or 'of the table'!r} has {sizes} sizes and {tokens} token counts; a law "
@@ -199,7 +198,7 @@ def design_warnings(runs: Runs, jacobian: np.ndarray) -> list[str]:
         jacobian: [n, P] derivatives of log loss at the fit.
     """
     said = []
-    sizes = len(np.unique(np.round(np.log(runs.N), 3)))
+    sizes = _distinct(runs.N)
     if sizes < MIN_SIZES:
         said.append(f"{sizes} sizes: the exponent of N is hardly known; plan {MIN_SIZES} or more")
     correlation = abs(float(np.corrcoef(np.log(runs.N), np.log(runs.D))[0, 1]))
@@ -220,6 +219,11 @@ def design_warnings(runs: Runs, jacobian: np.ndarray) -> list[str]:
             "learning rate has decayed overstate what training gives"
         )
     return said
+
+
+def _distinct(values: np.ndarray) -> int:
+    """How many differ by a thousandth or more."""
+    return len(np.unique(np.round(np.log(values), 3)))
 
 
 def condition_number(jacobian: np.ndarray) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 
 from bitjax.scaling.compare import Standing, compare
 from bitjax.scaling.ensemble import Ensemble, Member
-from bitjax.scaling.fit import DELTA
+from bitjax.scaling.fit import DELTA, law_for
 from bitjax.scaling.fit_file import FitFile, read_fit
 from bitjax.scaling.intervals import (
     MAX_DEGENERATE,
@@ -47,7 +47,7 @@ def fit_runs(
     if unknown := [a for a in arms if a not in runs.arms]:
         raise ValueError(f"no run has arm {unknown[0]!r}; there are {', '.join(runs.arms)}")
     runs = runs[np.isin(runs.arm, arms)]
-    forms = tuple(forms or (DEFAULT_FORMS if len(arms) > 1 else ("shared",)))
+    forms = tuple(forms or _affordable(runs, arms))
     standings = compare(runs, forms, arms, delta, largest)
     for said in design_warnings(runs, standings[0].fit.jacobian):
         warnings.warn(said, stacklevel=2)
@@ -68,6 +68,20 @@ def fit_runs(
         for s in standings
     ]  # fmt: skip
     return FitFile(runs, Ensemble(tuple(members)), delta, resampling), standings
+
+
+def _affordable(runs: Runs, arms: tuple[str, ...]) -> list[Form]:
+    """The default forms that there are runs enough for."""
+    wanted = DEFAULT_FORMS if len(arms) > 1 else ("shared",)
+    found: list[Form] = []
+    for form in wanted:
+        try:
+            law_for(runs, form, arms)
+            found.append(form)
+        except ValueError:
+            if form == wanted[0]:  # the others want more
+                raise
+    return found
 
 
 def load_fit(path: Path) -> FitFile:

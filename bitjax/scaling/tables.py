@@ -77,17 +77,17 @@ def print_fit(fit: FitFile, standings: Sequence[Standing], profiles: bool) -> No
 
 
 def _profiled(fit: Fit, name: str) -> str:
+    if name.endswith("]") and "power" in name:  # of either sign
+        low, high, _ = profile(fit, lambda theta: fit.law.natural(theta)[name])
+        return _interval(Estimate(math.nan, low, high))
     low, high, _ = profile(fit, lambda theta: natural_log(fit.law, name, theta))
-    return (
-        f"{_number(math.exp(low))} .. {_number(math.exp(min(high, 700)))}"
-        if (high < math.inf)
-        else f"{_number(math.exp(low))} .. inf"
-    )
+    return _interval(Estimate(math.nan, *np.exp([low, high]).tolist()))
 
 
 def natural_log(law: Law, name: str, theta: np.ndarray) -> np.ndarray:
     """Logarithm of a natural parameter [R]: closer to normal, and A and B span decades."""
-    return np.log(law.natural(theta)[name])
+    with np.errstate(invalid="ignore"):
+        return np.log(law.natural(theta)[name])
 
 
 def print_parabolas(fit: FitFile) -> None:
@@ -97,7 +97,7 @@ def print_parabolas(fit: FitFile) -> None:
         ("arm", "FLOPs", "best N", "relative error of N", "loss there", "D / N", "between sizes"),
         [
             (p.arm or "all", f"{p.flops:.2e}", f"{p.N:.3g}", _percent(p.se), f"{p.loss:.4f}",
-             f"{p.flops / 6 / p.N**2:.1f}", "yes" if p.inside else "no")
+             f"{p.flops / 6 / p.N**2:.1f}", _yes(p.inside))
             for p in found
         ],
         "parabolas at equal compute",
@@ -108,10 +108,11 @@ def print_parabolas(fit: FitFile) -> None:
         terms = member.law.arm_terms(np.concatenate([member.theta[None], member.draws]), f.arm)
         by_law = estimates((terms["beta"] / (terms["alpha"] + terms["beta"]))[:, None])[0]
         rows.append((f.arm or "all", f"{f.exponent:.3f} +- {f.se:.3f}", _estimate(by_law, ".3f")))
-    terminal.table(
+    if rows:
+        terminal.table(
         ("arm", "exponent by parabolas", f"by the law {member.law.form}"),
         rows, "best N goes as FLOPs to the power of",
-    )  # fmt: skip
+        )  # fmt: skip
 
 
 def print_predictions(fit: FitFile, asked: Question) -> None:
@@ -141,18 +142,20 @@ def print_predictions(fit: FitFile, asked: Question) -> None:
 
 def print_costs(fit: FitFile, asked: Question, prices: Prices) -> None:
     """Of a pair of runs at every size, and whether it would settle the question at the largest."""
-    made = costs(
+    today, made = costs(
         fit.ensemble, asked.arm, asked.N, asked.D, asked.target, prices, asked.tolerance,
         asked.vocabulary,
     )  # fmt: skip
+    rows = [("what is known now", "", "", "", "", "", f"{today.interval:.4f}", _yes(today.settled))]
+    rows += [
+        (f"{c.N:.3g}", f"{c.D:.3g}", f"{c.flops:.2e}", f"{c.hours:,.0f}", f"{c.dollars:,.0f}",
+         terminal.size(c.memory), f"{c.outcome.interval:.4f}", _yes(c.outcome.settled))
+        for c in made
+    ]  # fmt: skip
     terminal.table(
         ("N", "tokens each", "FLOPs of both", "accelerator hours", "dollars", "memory to run",
-         "interval of the gap after it", "settles it"),
-        [
-            (f"{c.N:.3g}", f"{c.D:.3g}", f"{c.flops:.2e}", f"{c.hours:,.0f}", f"{c.dollars:,.0f}",
-             terminal.size(c.memory), f"{c.gap_interval:.4f}", "yes" if c.settles else "no")
-            for c in made
-        ],
+         "interval of the gap then", "settled"),
+        rows,
         f"a pair of runs, to know whether the gap at {asked.target[0]:.3g} is {asked.tolerance:g} "
         f"or less: at {prices.flops_per_second:.3g} FLOP/s, {prices.dollars_per_hour:g} dollars an "
         "hour",
@@ -189,7 +192,7 @@ def print_published(fit: FitFile, arm: str) -> None:
             (f"{c.point.source}, {c.point.at}", c.point.name, f"{c.point.N:.3g}",
              f"{c.point.D:.3g}", f"{100 * c.point.relative:+.2f}",
              _estimate(Estimate(*(100 * x for x in c.relative)), "+.2f"),
-             "yes" if c.agrees else "no",
+             _yes(c.agrees),
              "" if math.isnan(c.point.parameters) else f"{c.point.parameters:.2f}x",
              _estimate(c.parameters, ".2f", "x"))
             for c in confront(fit.ensemble, arm)
@@ -216,6 +219,10 @@ def _interval(of: Estimate) -> str:
 def _estimate(of: Estimate, form: str, unit: str = "") -> str:
     best, low, high = (f"{x:{form}}" if math.isfinite(x) else "inf" for x in of)
     return f"{best}{unit} [{low}, {high}]"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def _percent(value: float) -> str:
