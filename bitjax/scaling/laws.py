@@ -43,6 +43,7 @@ OFFSETS: dict[Form, tuple[str, ...]] = {  # of each arm but the reference
 
 # Kumar et al., appendix: fitted on 30M to 220M parameters, 3 to 12 bits.
 GAMMA_W, GAMMA_A = 2.6745, 2.2102
+MAX_LOG = 30.0  # of gamma_w, to each side: a line search may try any
 # Bits of weights and activations. Float is not quantised, so has no factor.
 BITS: dict[str, tuple[float, float]] = {
     "float": (np.inf, np.inf), "ternary": (float(np.log2(3)), 8), "binary": (1, 8),
@@ -149,7 +150,7 @@ class Law:
     def _log_factor(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """log(N_eff / N) of each arm [R, arms], and its derivative by log gamma_w."""
         bits = np.array([BITS[arm] for arm in self.arms])
-        x = bits[:, 0] * np.exp(-theta[:, -1:])  # P_w / gamma_w
+        x = bits[:, 0] * np.exp(-np.clip(theta[:, -1:], -MAX_LOG, MAX_LOG))  # P_w / gamma_w
         finite = np.where(np.isfinite(x), x, 1.0)
         slope = np.where(np.isfinite(x), -finite / np.expm1(np.minimum(finite, 700)), 0.0)
         return np.log(-np.expm1(-x)) + np.log(-np.expm1(-bits[:, 1] / GAMMA_A)), slope
