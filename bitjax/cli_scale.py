@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from bitjax.cli_scale_laws import add_law_commands
 from bitjax.cli_scale_runs import add_run_commands
 
 
@@ -17,3 +18,4 @@ def add_scale_commands(parser: argparse.ArgumentParser) -> None:
         return added
 
     add_run_commands(command)
+    add_law_commands(command)

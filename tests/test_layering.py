@@ -20,7 +20,7 @@ LAYERS = [
     {"plots", "terminal"},
     {"demo", "inspection", "conversion", "bench", "chat"},
     {"cli_corpus", "evaluation", "evaluation_text", "harness", "scaling"},
-    {"cli_eval", "cli_scale_runs"},
+    {"cli_eval", "cli_scale_laws", "cli_scale_runs"},
     {"cli_scale"},
     {"cli"},
 ]
