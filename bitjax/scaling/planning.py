@@ -15,6 +15,7 @@ from bitjax.config import Group, RunConfig, StudyConfig
 from bitjax.config.scaling import Design
 from bitjax.scaling.arms import ARMS, configuration, non_embedding, shape
 from bitjax.scaling.calibrate import Calibration
+from bitjax.scaling.jobs import shares
 from bitjax.scaling.plan import (
     Budget,
     Cells,
@@ -25,7 +26,7 @@ from bitjax.scaling.plan import (
     factorial,
     hours,
 )
-from bitjax.scaling.run import shares
+from bitjax.scaling.runs import MAX_CORRELATION, MIN_SIZES
 from bitjax.scaling.score import held_out
 from bitjax.scaling.worker import start
 from bitjax.train.flops import flops_per_token
@@ -33,7 +34,6 @@ from bitjax.train.flops import flops_per_token
 # How much better a large model may use the machine than the smallest: before anything large is
 # measured, cells that would not fit even so are left out.
 OPTIMISM = 8.0
-COLLINEAR = 0.95  # correlation of log N and log D from which a plan is warned about
 LEVELS = 3  # of compute, of the isoflop design
 
 
@@ -227,10 +227,10 @@ def remarks(plan: Plan) -> list[str]:
     cells = {(non_embedding(shape(model, run.size)), run.tokens) for run in plan.runs}
     found = []
     sizes = {n for n, _ in cells}
-    if len(sizes) < 3:
-        found.append(f"{len(sizes)} sizes: a law's exponents need 3 or more")
+    if len(sizes) < MIN_SIZES:
+        found.append(f"{len(sizes)} sizes: a law of N and D needs {MIN_SIZES} or more")
     correlation = collinearity(cells)
-    if correlation is not None and abs(correlation) > COLLINEAR:
+    if correlation is not None and abs(correlation) > MAX_CORRELATION:
         found.append(
             f"log N and log D are correlated by {correlation:.2f}: a fit cannot tell parameters "
             "from tokens; use more ratios, or --design factorial"
