@@ -72,8 +72,11 @@ class Pretended:
 
     def __call__(self, folder, cores, tasks, commit=""):
         self.jobs.append(tasks)
+        assert len(self.jobs) < 50, "the same job again and again"
         for task in tasks:
             config, result = task["config"], Path(task["result"])
+            if result.exists():
+                continue
             rate = config["optimizer"]["learning_rate"]
             weights = config["model"]["weights"]
             made = {

@@ -100,6 +100,11 @@ def test_tables_alone_say_what_is_done(pretended, data, tmp_path):
     again, rounded = pretended.jobs[jobs:]
     assert (again[0]["kind"], rounded[0]["kind"]) == ("train", "round")
     assert read_table(out / "table.csv") == rows
+    write_table(out / "table.csv", rows[:1])  # and once more, with other folders left over
+    shutil.rmtree(out / "runs" / rows[0].run / "checkpoints")
+    shutil.rmtree(out / "runs" / rows[1].run)
+    go(plan, data, out)
+    assert [job[0]["kind"] for job in pretended.jobs[jobs + 2 :]] == ["train", "round"]
 
 
 def test_a_result_that_is_not_in_the_table_is_added(pretended, data, tmp_path):

@@ -106,6 +106,14 @@ def test_what_needs_a_float_run_comes_after_it():
     assert swept[0].seconds == pytest.approx(4 * 1.34)
 
 
+def test_cheap_cells_come_first():
+    runs, _ = PLANNER.all(cells_of(BASE, (Group(SIZES, (1, 8, 2)),)))
+    seconds = [a.seconds + b.seconds for a, b in zip(runs[::2], runs[1::2], strict=True)]
+    assert [run.arm for run in runs] == 9 * ["ternary", "float"]
+    assert seconds == sorted(seconds)
+    assert len(set(seconds)) > 5
+
+
 def test_factorial_designs_are_not_collinear():
     group = Group(SIZES, (1, 2, 4, 8))
     ratios = [(n_of(size), steps) for size, steps, _ in cells_of(BASE, [group])]

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import signal
 import subprocess
 import sys
@@ -136,6 +137,19 @@ def test_a_killed_process_leaves_a_whole_table(tmp_path):
     assert rows == ["first"] + [f"a-{i}" for i in range(len(rows) - 1)]
     assert len(rows) >= 9
     append_row(path, other("after"))  # the lock has gone with the process
+
+
+def test_nobody_sees_half_a_table(tmp_path):
+    """Read while another process writes it, long enough to be met in the midst of it."""
+    path = tmp_path / "table.csv"
+    append_row(path, other("first", config=json.dumps({"long": "x" * 100_000})))
+    with appending(path, "a", 10**6) as process:
+        process.stdout.readline()
+        counts = [len(read_table(path)) for _ in range(40)]
+        process.kill()
+        process.communicate()
+    assert counts == sorted(counts)
+    assert counts[0] < counts[-1]
 
 
 def test_the_card_says_what_every_column_is(tmp_path):
