@@ -71,11 +71,11 @@ def _fit(arguments: argparse.Namespace) -> None:
         runs, arguments.law, arms, delta, resamples, arguments.bootstrap, arguments.seed,
         arguments.hold_out,
     )  # fmt: skip
+    if arguments.output:
+        write_fit(arguments.output, fit)
     tables.print_fit(fit, standings, arguments.profile)
     if arguments.isoflop:
         tables.print_parabolas(fit)
-    if arguments.output:
-        write_fit(arguments.output, fit)
 
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:

@@ -75,8 +75,10 @@ def _figure(path: Path, draw: Callable[[Any], None]) -> list[Path]:
         figure, axes = pyplot.subplots(figsize=(5.6, 3.8), layout="constrained")
         try:
             draw(axes)
-            axes.grid(alpha=0.25, linewidth=0.5, which="both")
+            axes.grid(alpha=0.25, linewidth=0.5)
             axes.legend(fontsize=7)
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # found once, for both files
             files = [path.with_name(f"{path.name}.{ending}") for ending in ENDINGS]
             for file in files:  # no date: the same fit gives the same bytes
                 figure.savefig(
