@@ -17,7 +17,7 @@ from bitjax.scaling.fit_file import FitFile
 from bitjax.scaling.intervals import profile
 from bitjax.scaling.isoflop import frontiers, parabolas
 from bitjax.scaling.laws import Law
-from bitjax.scaling.predict import costs, next_runs, predict
+from bitjax.scaling.predict import closing, costs, next_runs, predict
 from bitjax.scaling.published import confront, published
 
 CANDIDATES = 5  # of the next experiment, shown
@@ -130,6 +130,11 @@ def print_predictions(fit: FitFile, asked: Question) -> None:
         ],
         f"{arm} against {reference}; in brackets 95 % over {_laws(fit)}",
     )  # fmt: skip
+    shrinks, vanishes = closing(fit.ensemble, arm, asked.N, asked.D)
+    terminal.console.print(
+        f"the relative gap shrinks from {min(asked.N):.3g} to {max(asked.N):.3g} parameters with "
+        f"probability {shrinks:.2f}, and is gone there with {vanishes:.2f}"
+    )
     terminal.table(
         ("N", *(f"{bits:g} bits against {rival}" for rival, bits in made[0].memory)),
         [

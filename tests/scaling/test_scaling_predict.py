@@ -9,7 +9,7 @@ from synthetic_runs import ARMS, ETA, TRUTH, plain
 from bitjax.config.prices import Prices
 from bitjax.scaling.ensemble import Ensemble, Member, estimates
 from bitjax.scaling.laws import Law
-from bitjax.scaling.predict import _left, costs, next_runs, predict
+from bitjax.scaling.predict import _left, closing, costs, next_runs, predict
 from bitjax.scaling.shapes import model_bytes
 
 N, D = [1e9, 1e11], [2e10, 2e12]
@@ -85,6 +85,13 @@ def test_probability_counts_draws():
     for k, tolerance in enumerate([*(plain(1e9, 2e10, eta) - plain(1e9, 2e10))]):
         (found,) = predict(made, "ternary", [1e9], [2e10], tolerance + 1e-12)
         assert found.closed == (4 - k) / 4
+
+
+def test_closing_gaps():
+    """A law of a higher floor whose gap grows, and one of fewer effective parameters; 1 to 3."""
+    draws = np.array([[*TRUTH[:5], 0.0, 0.02]] + [[*TRUTH, 0.0]] * 3 + [[*TRUTH[:5], 0.0, -0.01]])
+    made = Ensemble((Member(Law("eta-e", ARMS), draws[0], draws, 1.0, 0.004),))
+    assert closing(made, "ternary", N[::-1], D[::-1]) == (4 / 5, 1 / 5)
 
 
 def test_laws_share_draws_by_weight():
