@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from bitjax.scaling.table import COLUMNS, read_table
+
 FINISHED = "finished"  # status of a run that counts
 MIN_SIZES = 4  # with three, N alone decides E, A and alpha without anything left over
 MAX_CORRELATION = 0.9  # of log N and log D: beyond it alpha and beta trade for one another
@@ -111,6 +113,11 @@ def read_runs(path: Path) -> Runs:
             columns = set(reader.fieldnames or ())
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is no table of runs: {error}") from None
+    if set(COLUMNS) <= columns:  # of `bitjax scale run`: everything in it is checked
+        done = [row for row in read_table(path) if row.status == FINISHED]
+        if not done:
+            raise ValueError(f"{path} has no finished runs")
+        return Runs.of(**{f.name: [getattr(row, f.name) for row in done] for f in fields(Runs)})
     if {"Model Size", "Training FLOP", "loss"} <= columns:
         N, flops = _numbers(path, rows, "Model Size"), _numbers(path, rows, "Training FLOP")
         return Runs.of(N, flops / (6 * N), _numbers(path, rows, "loss"))

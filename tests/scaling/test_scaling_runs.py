@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ from bitjax.scaling.runs import (
     read_runs,
     without_highest,
 )
+from bitjax.scaling.table import Row, write_table
 
 
 def table(path, rows, header="run,arm,N,D,loss,seed,ended,status,tokenizer,validation,loss_se"):
@@ -37,6 +39,26 @@ def test_columns(tmp_path):
     assert math.isnan(runs.loss_se[1])
     assert runs.where("arm", "ternary").loss.tolist() == [2.5]
     assert runs.where("ended", "true").seed.tolist() == [0]
+
+
+def test_tables_of_our_runs(tmp_path):
+    """What `bitjax scale run` writes; its reader's errors are ours."""
+    row = Row(
+        run="64x2-2e6-s0-ternary", arm="ternary", hidden_size=64, num_layers=2, N=100_000,
+        embedding_parameters=16_384, D=2_000_000, flops=1.5e12, seed=0, learning_rate=1e-3,
+        loss=2.5, loss_se=0.01, bits_per_byte=3.6, tokenizer="bytes", data="d", validation="v",
+        ended=True, status="finished", seconds=1.0, commit="c", config="{}", curve="",
+    )  # fmt: skip
+    rows = [row, dataclasses.replace(row, run="b", arm="float", ended=False, seed=3)]
+    write_table(tmp_path / "t.csv", rows)
+    runs = read_runs(tmp_path / "t.csv")
+    assert (runs.N.dtype, runs.seed.dtype, runs.ended.dtype) == (float, int, bool)
+    for name in ("N", "D", "loss", "arm", "seed", "ended", "tokenizer", "validation", "loss_se"):
+        assert getattr(runs, name).tolist() == [getattr(r, name) for r in rows], name
+    text = (tmp_path / "t.csv").read_text()
+    (tmp_path / "t.csv").write_text(text.replace(",true,", ",perhaps,"))
+    with pytest.raises(ValueError, match=r"line 2: ended='perhaps' is not true or false"):
+        read_runs(tmp_path / "t.csv")
 
 
 def test_points_of_chinchilla_are_known(tmp_path):
