@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 
+from bitjax.scaling.isoflop import budgets as budgets_of
 from bitjax.scaling.isoflop import frontiers, parabolas
 from bitjax.scaling.runs import Runs
 
@@ -31,6 +32,12 @@ def test_exact_parabolas_come_back():
     (frontier,) = frontiers(found)
     assert frontier.exponent == pytest.approx(0.45, rel=1e-6)
     assert frontier.k == pytest.approx(0.1, rel=1e-4)
+
+
+def test_budgets_are_where_runs_gather():
+    """Runs between two budgets do not chain them together."""
+    flops = np.exp([0.0, 0.1, -0.1, 0.02, 0.24, 0.3, 0.5, 0.58, 0.6, 0.62])
+    assert [group.tolist() for group in budgets_of(flops)] == [[0, 1, 2, 3], [4, 5], [6, 7, 8, 9]]
 
 
 def test_they_are_those_of_polyfit():
