@@ -15,6 +15,7 @@ they claim or more, those of `weights` and profiles are narrower and cover a lit
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -28,6 +29,7 @@ Resampling = Literal["cells", "weights"]
 RESAMPLINGS: tuple[Resampling, ...] = get_args(Resampling)
 RESAMPLES = 4000  # Besiroglu et al.
 CHUNK = 2_000_000  # numbers in a stack [R, n, P]: 16 MB
+MAX_MISSED = 0.01  # of the resamples without convergence, against 0.05 outside an interval
 POINTS = 24  # of a profile, to each side
 MAX_DEGENERATE = 0.05  # of the resamples: as many as lie outside an interval
 REACH = 6.0  # standard deviations that a profile goes to each side, if it must
@@ -38,7 +40,7 @@ Quantity = Callable[[np.ndarray], np.ndarray]  # theta [R, P] -> values [R]
 def bootstrap(
     fit: Fit, resamples: int = RESAMPLES, method: Resampling = "cells", seed: int = 0
 ) -> np.ndarray:
-    """Fits to resampled runs, [resamples, P]; each starts from the fit to all.
+    """Fits to resampled runs, [resamples, P]; each starts from the fit to all. Warns if some fail.
 
     Raises:
         ValueError: an unknown method.
@@ -48,7 +50,7 @@ def bootstrap(
     draw = np.random.default_rng(seed)
     cells = fit.runs.cells
     count = int(cells.max()) + 1
-    found = np.empty((resamples, len(fit.theta)))
+    found, missed = np.empty((resamples, len(fit.theta))), 0
     rows = max(1, CHUNK // (len(cells) * len(fit.theta)))
     for first in range(0, resamples, rows):
         R = min(rows, resamples - first)
@@ -57,7 +59,15 @@ def bootstrap(
             weights = draw.multinomial(count, np.full(count, 1 / count), R).astype(float)
         else:
             weights = count * draw.dirichlet(np.ones(count), R)
-        found[first : first + R] = fit.problem.minimize(start, weights[:, cells]).x
+        minima = fit.problem.minimize(start, weights[:, cells])
+        found[first : first + R] = minima.x
+        missed += int((~minima.converged).sum())
+    if missed > MAX_MISSED * resamples:
+        warnings.warn(
+            f"{missed} of {resamples} resamples of the {fit.law.form} law did not converge: its "
+            "intervals are not to be trusted",
+            stacklevel=2,
+        )
     return found
 
 

@@ -1,3 +1,5 @@
+import functools
+
 import numpy as np
 import pytest
 import synthetic_runs as synthetic
@@ -5,6 +7,7 @@ from scipy.optimize import minimize
 from scipy.stats import norm, t
 from synthetic_runs import ETA
 
+from bitjax.scaling import fit as fit_module
 from bitjax.scaling.fit import fit_law
 from bitjax.scaling.intervals import (
     _huber_statistics,
@@ -40,6 +43,13 @@ def test_weights_keep_every_cell_and_are_narrower(fit):
     assert abs(np.median(np.exp(-cells[:, 5] / cells[:, 3])) - ETA) < 0.03
     with pytest.raises(ValueError, match="no bootstrap 'x'; there are cells, weights"):
         bootstrap(fit, 2, "x")
+
+
+def test_resamples_that_do_not_converge_are_said(fit, monkeypatch):
+    short = functools.partial(fit_module.minimize, steps=1)
+    monkeypatch.setattr(fit_module, "minimize", short)
+    with pytest.warns(UserWarning, match=r"\d+ of 50 resamples of the eta law did not converge"):
+        bootstrap(fit, 50)
 
 
 def test_share_of_degenerate_resamples():
