@@ -56,8 +56,8 @@ def fit_runs(
         resampling = "weights" if share > MAX_DEGENERATE else "cells"
         if share > MAX_DEGENERATE:
             warnings.warn(
-                f"{share:.0%} of resamples of these cells have one size or token count: intervals "
-                "come from random weights instead; see --profile as well",
+                f"{share:.0%} of resamples of these cells leave an arm one size or token count: "
+                "intervals come from random weights instead; see --profile as well",
                 stacklevel=2,
             )
     members = [

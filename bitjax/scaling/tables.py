@@ -107,7 +107,8 @@ def print_parabolas(fit: FitFile) -> None:
     for f in frontiers(found):
         terms = member.law.arm_terms(np.concatenate([member.theta[None], member.draws]), f.arm)
         by_law = estimates((terms["beta"] / (terms["alpha"] + terms["beta"]))[:, None])[0]
-        rows.append((f.arm or "all", f"{f.exponent:.3f} +- {f.se:.3f}", _estimate(by_law, ".3f")))
+        error = "" if math.isnan(f.se) else f" +- {f.se:.3f}"
+        rows.append((f.arm or "all", f"{f.exponent:.3f}{error}", _estimate(by_law, ".3f")))
     if rows:
         terminal.table(
         ("arm", "exponent by parabolas", f"by the law {member.law.form}"),
@@ -121,7 +122,7 @@ def print_predictions(fit: FitFile, asked: Question) -> None:
     made = predict(fit.ensemble, arm, asked.N, asked.D, asked.tolerance, asked.vocabulary)
     terminal.table(
         ("N", "D", reference, arm, "gap (nats)", "gap (%)",
-         f"P(gap <= {asked.tolerance:g})", "parameters for equal loss"),
+         f"P(gap <= {asked.tolerance:g})", "parameters for equal loss at D"),
         [
             (f"{p.N:.3g}", f"{p.D:.3g}", _estimate(p.reference, ".3f"), _estimate(p.arm, ".3f"),
              _estimate(p.gap, "+.4f"), _estimate(Estimate(*(100 * x for x in p.relative)), "+.2f"),

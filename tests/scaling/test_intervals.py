@@ -11,12 +11,14 @@ from bitjax.scaling import fit as fit_module
 from bitjax.scaling.fit import fit_law
 from bitjax.scaling.intervals import (
     _huber_statistics,
+    _resampled,
     bootstrap,
     degenerate_share,
     derivatives,
     noise,
     profile,
 )
+from bitjax.scaling.runs import Runs
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,26 @@ def test_weights_keep_every_cell_and_are_narrower(fit):
     assert abs(np.median(np.exp(-cells[:, 5] / cells[:, 3])) - ETA) < 0.03
     with pytest.raises(ValueError, match="no bootstrap 'x'; there are cells, weights"):
         bootstrap(fit, 2, "x")
+
+
+def test_draws_that_leave_an_arm_alone_are_made_again():
+    """Binary has two cells of one size each: both must be there, in every resample."""
+    runs = synthetic.runs(0.004)
+    cells = [(runs.N == 1e5) & (runs.D == 2e6), (runs.N == 1e6) & (runs.D == 8e7)]
+    few = np.flatnonzero((runs.arm == "ternary") & (cells[0] | cells[1]))
+    arm = np.concatenate([runs.arm, ["binary"] * 2]).astype(str)
+    rows = np.concatenate([np.arange(24), few])
+    both = Runs.of(runs.N[rows], runs.D[rows], runs.loss[rows], arm)
+    drawn = _resampled(both, np.random.default_rng(0), 200)
+    wanted = np.unique(both.cells[-2:])
+    assert (drawn[:, wanted] > 0).all()
+    assert (drawn.sum(1) == 12).all()
+    plain = np.random.default_rng(1).multinomial(12, np.full(12, 1 / 12), 20_000)
+    missing = (plain[:, wanted] == 0).any(1).mean()
+    assert degenerate_share(both, resamples=20_000) == pytest.approx(missing, abs=0.02)
+    alone = both[both.N == 1e5]
+    with pytest.raises(ValueError, match="--bootstrap weights keeps every cell"):
+        _resampled(alone, np.random.default_rng(0), 2)
 
 
 def test_resamples_that_do_not_converge_are_said(fit, monkeypatch):
