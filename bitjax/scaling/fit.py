@@ -8,7 +8,7 @@ The sum, not the mean: with the mean, optimisers stop early and intervals come o
 (Besiroglu et al., arXiv 2404.10102). Starts come by variable projection: for each pair of exponents
 on a grid, E, A and B follow from a linear problem (non-negative least squares of L / loss), so the
 grid has 2 dimensions where theirs has 5. On Chinchilla's points the curvature (J'J) has a condition
-number of 1.8e13 in A, B, E, alpha and beta, 4e6 with logarithms of the first three, and 1.2 in alpha
+number of 1.8e13 in A, B, E, alpha and beta, 4e6 with logarithms of the first three, 1.2 in alpha
 and beta once these are projected out; each start goes through BFGS scaled by its own curvature.
 """
 
