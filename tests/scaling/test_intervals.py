@@ -83,9 +83,14 @@ def test_share_of_degenerate_resamples():
     assert degenerate_share(runs, resamples=4000) == pytest.approx(2 / 16, abs=0.02)
 
 
-def test_noise_is_that_of_the_runs():
-    runs = synthetic.runs(0.01, seeds=40)
-    assert noise(fit_law(runs, "eta")) == pytest.approx(0.01, rel=0.06)
+@pytest.mark.parametrize(("seeds", "sets"), [(40, 1), (1, 40)])
+def test_noise_is_that_of_the_runs(seeds, sets):
+    """Of many runs, and on average of 24, of which a fit of 6 parameters nearly meets 6."""
+    found = [
+        noise(fit_law(synthetic.runs(0.01, s, seeds=seeds), "eta", start=synthetic.TRUTH))
+        for s in range(sets)
+    ]
+    assert np.mean(found) == pytest.approx(0.01, rel=0.08)
 
 
 def test_huber_statistics_in_their_limits():
