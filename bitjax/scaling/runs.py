@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -198,11 +199,14 @@ def check_runs(runs: Runs, parameters: int) -> None:
             )
 
 
-def design_warnings(runs: Runs, jacobian: np.ndarray) -> list[str]:
+def design_warnings(
+    runs: Runs, jacobian: np.ndarray, exponents: Mapping[str, float] | None = None
+) -> list[str]:
     """Sentences on what the runs cannot tell apart.
 
     Args:
         jacobian: [n, P] derivatives of log loss at the fit.
+        exponents: of the fit, alpha and beta.
     """
     said = []
     sizes = _distinct(runs.N)
@@ -220,6 +224,11 @@ def design_warnings(runs: Runs, jacobian: np.ndarray) -> list[str]:
             f"the design is nearly singular (condition number {condition:.1e} of the standardised "
             "derivatives): some parameters are hardly known"
         )
+    for name, value in (exponents or {}).items():
+        if value <= 0:
+            said.append(
+                f"{name} is {value:.3g}: by this fit more parameters or tokens make no loss better"
+            )
     if early := int((~runs.ended).sum()):
         said.append(
             f"{early} of {len(runs)} runs are not at the end of their schedule: losses before the "

@@ -49,7 +49,9 @@ def fit_runs(
     runs = runs[np.isin(runs.arm, arms)]
     forms = tuple(forms or _affordable(runs, arms))
     standings = compare(runs, forms, arms, delta, largest)
-    for said in design_warnings(runs, standings[0].fit.jacobian):
+    best = standings[0].fit
+    exponents = {name: best.natural[name] for name in ("alpha", "beta")}
+    for said in design_warnings(runs, best.jacobian, exponents):
         warnings.warn(said, stacklevel=2)
     if resampling is None:
         share = degenerate_share(runs, seed)

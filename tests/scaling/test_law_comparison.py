@@ -59,6 +59,18 @@ def test_the_true_form_wins():
     assert by["separate"].weight / by["eta"].weight == pytest.approx(math.exp(-delta / 2))
 
 
+def test_a_form_that_holds_another_never_fits_worse():
+    """Even where runs decide nothing: two sizes, noise of 5 %."""
+    runs = synthetic.runs(0.05, seed=4, sizes=[1e5, 1.2e5], ratios=(20, 21, 22), seeds=3)
+    forms = ["separate", "eta-e", "drift", "eta", "own-e", "shared"]
+    S = {s.fit.law.form: s.fit.objective for s in compare(runs, forms)}
+    for less, more in (
+        ("shared", "eta"), ("shared", "own-e"), ("eta", "drift"), ("eta", "eta-e"),
+        ("own-e", "eta-e"), ("eta-e", "separate"),
+    ):  # fmt: skip
+        assert S[more] <= S[less] * (1 + 1e-6), (less, more)
+
+
 def test_held_out_runs_are_not_fitted():
     """The largest size's losses are 10 % off: all of it is seen, had they been left out."""
     runs = synthetic.runs(0.0)

@@ -144,6 +144,12 @@ def test_few_sizes_and_early_runs():
     assert any("4 of 18 runs are not at the end of their schedule" in s for s in said)
 
 
+def test_exponents_of_the_wrong_sign():
+    J = np.random.default_rng(0).standard_normal((24, 3))
+    (said,) = design_warnings(synthetic.runs(), J, {"alpha": -0.1, "beta": 0.2})
+    assert said == "alpha is -0.1: by this fit more parameters or tokens make no loss better"
+
+
 def test_condition_number_has_no_units():
     J = np.random.default_rng(0).standard_normal((20, 3))
     assert condition_number(J * [1, 1e6, 1e-6]) == pytest.approx(condition_number(J))
