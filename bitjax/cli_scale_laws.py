@@ -71,11 +71,11 @@ def _fit(arguments: argparse.Namespace) -> None:
         runs, arguments.law, arms, delta, resamples, arguments.bootstrap, arguments.seed,
         arguments.hold_out,
     )  # fmt: skip
+    if arguments.output:
+        write_fit(arguments.output, fit)
     tables.print_fit(fit, standings, arguments.profile)
     if arguments.isoflop:
         tables.print_parabolas(fit)
-    if arguments.output:
-        write_fit(arguments.output, fit)
 
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:
@@ -135,17 +135,23 @@ def _add_plot(parser: argparse.ArgumentParser) -> None:
     add("fit", type=Path, metavar="FIT", help="file of `bitjax scale fit -o`, or a table of runs")
     add("-o", "--output", type=Path, required=True, metavar="DIR", help="folder of the figures")
     add("--ratio", type=float, help="tokens per parameter beyond the runs (default: 20)")
+    add(
+        "--vocabulary", type=int, metavar="V",
+        help="rows of the embedding that bytes and joules include (default: 32000)",
+    )  # fmt: skip
 
 
 def _plot(arguments: argparse.Namespace) -> None:
     from bitjax import terminal
     from bitjax.scaling.plots import plot_fit
     from bitjax.scaling.predict import TOKENS_PER_PARAMETER
+    from bitjax.scaling.shapes import VOCABULARY
     from bitjax.scaling.study import load_fit
 
     ratio = TOKENS_PER_PARAMETER if arguments.ratio is None else arguments.ratio
+    vocabulary = VOCABULARY if arguments.vocabulary is None else arguments.vocabulary
     if not 0 < ratio < float("inf"):
         raise ValueError(f"--ratio {ratio} is not a number above 0")
     fit = load_fit(arguments.fit)
-    for path in plot_fit(arguments.output, fit.runs, fit.ensemble, ratio):
+    for path in plot_fit(arguments.output, fit.runs, fit.ensemble, ratio, vocabulary):
         terminal.console.print(str(path), soft_wrap=True)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bitjax.scaling.fit import DELTA, Fit, fit_law
-from bitjax.scaling.laws import Form
+from bitjax.scaling.laws import OFFSETS, Form
 from bitjax.scaling.runs import Runs
 
 
@@ -55,7 +55,9 @@ def compare(
     Args:
         largest: sizes that are held out, from the top.
     """
-    fits = [fit_law(runs, form, arms, delta) for form in forms]
+    fits: list[Fit] = []
+    for form in sorted(forms, key=lambda form: len(OFFSETS[form])):
+        fits.append(fit_law(runs, form, arms, delta, simpler=fits))
     criteria = [information(fit) for fit in fits]
     aicc = np.array([a for a, _ in criteria])
     # Forms that are all too rich to judge count alike.

@@ -1,6 +1,6 @@
 """IsoFLOP parabolas: at equal compute, which size has the lowest loss.
 
-Runs whose FLOPs agree are a budget. For each arm and budget of three or more sizes
+Runs whose FLOPs nearly agree are a budget. For each arm and budget of three or more sizes
 
     loss = c0 + c1 (log N - m) + c2 (log N - m)^2,    N_opt = exp(m - c1 / 2 c2)     if c2 > 0
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from bitjax.scaling.runs import Runs
 
-SAME_BUDGET = 0.15  # of log FLOPs, from one run to the next
+SAME_BUDGET = 0.15  # of log FLOPs, from the middle of a budget
 MIN_SIZES = 3  # of a parabola
 
 
@@ -63,10 +63,7 @@ def parabolas(runs: Runs, tolerance: float = SAME_BUDGET) -> list[Parabola]:
     found, tried = [], 0
     for arm in runs.arms:
         of = runs[runs.arm == arm]
-        flops = np.log(6 * of.N * of.D)
-        order = np.argsort(flops)
-        starts = np.flatnonzero(np.diff(flops[order]) > tolerance) + 1
-        for group in np.split(order, starts):
+        for group in budgets(6 * of.N * of.D, tolerance):
             if len(np.unique(of.N[group])) < MIN_SIZES:
                 continue
             tried += 1
@@ -74,10 +71,23 @@ def parabolas(runs: Runs, tolerance: float = SAME_BUDGET) -> list[Parabola]:
                 found.append(parabola)
     if not tried:
         raise ValueError(
-            f"no arm has {MIN_SIZES} sizes at one budget (FLOPs within {tolerance:.0%} of the "
-            "next run's), which a parabola needs"
+            f"no arm has {MIN_SIZES} sizes at one budget (FLOPs that differ by {tolerance:.0%} "
+            "or less), which a parabola needs"
         )
     return found
+
+
+def budgets(flops: np.ndarray, tolerance: float = SAME_BUDGET) -> list[np.ndarray]:
+    """Groups of runs [n], as positions, by ascending FLOPs: around the run that most others
+    are near, then of the rest, until every run is in one."""
+    x, found = np.log(flops), []
+    left = np.ones(len(x), bool)
+    while left.any():
+        near = (np.abs(x[:, None] - x) <= tolerance) & left & left[:, None]
+        group = near[near.sum(1).argmax()]
+        found.append(np.flatnonzero(group))
+        left &= ~group
+    return sorted(found, key=lambda group: float(x[group].mean()))
 
 
 def _parabola(arm: str, runs: Runs) -> Parabola | None:

@@ -19,6 +19,7 @@ Objective = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 ARMIJO, CURVATURE = 1e-4, 0.9
 SEARCHES = 40  # halvings reach 1e-12 of a step
+STALLED, IDLE = 1e-10, 4  # a value that changes less, relatively, so many steps in a row, is final
 RESETS = 2  # of a problem whose search fails, to its first curvature
 
 
@@ -41,14 +42,15 @@ def minimize(
         x: [R, P] starts.
         inverse: [R, P, P] guesses of the inverse Hessians; they set the scale of every direction.
         tolerance: a problem is done when its expected gain, half of g' H g, is below
-            `tolerance * (tolerance + |value|)`.
+            `tolerance * (tolerance + |value|)`, or when steps no longer change its value: one
+            whose lowest point is at infinity (a law whose E is 0) comes to an end so.
         steps: at most.
     """
     x, H = x.copy(), inverse.copy()
     rows = np.arange(len(x))
     f, g = objective(x, rows)
     done = np.zeros(len(x), bool)
-    resets = np.zeros(len(x), int)
+    resets, idle = np.zeros(len(x), int), np.zeros(len(x), int)
     for _ in range(steps):
         gain = np.einsum("rp,rpq,rq->r", g, H, g) / 2
         done |= gain < tolerance * (tolerance + np.abs(f))
@@ -57,6 +59,9 @@ def minimize(
             break
         direction = -np.einsum("rpq,rq->rp", H[left], g[left])
         moved, f_new, g_new, ok = _search(objective, left, x[left], f[left], g[left], direction)
+        small = f[left] - f_new <= STALLED * (1 + np.abs(f_new))
+        idle[left] = np.where(small & ok, idle[left] + 1, 0)
+        done |= idle >= IDLE
         s, y = moved - x[left], g_new - g[left]
         x[left], f[left], g[left] = moved, f_new, g_new
         H[left] = _update(H[left], s, y)
@@ -113,5 +118,7 @@ def _update(H: np.ndarray, s: np.ndarray, y: np.ndarray) -> np.ndarray:
     ss = s[:, :, None] * s[:, None, :]
     sHy = s[:, :, None] * Hy[:, None, :]
     cross = sHy + sHy.transpose(0, 2, 1)
-    new = H + ((1 + yHy / c) / c)[:, None, None] * ss - cross / c[:, None, None]
+    with np.errstate(over="ignore", invalid="ignore"):
+        new = H + ((1 + yHy / c) / c)[:, None, None] * ss - cross / c[:, None, None]
+    usable &= np.isfinite(new).all((1, 2))
     return np.where(usable[:, None, None], new, H)

@@ -16,7 +16,13 @@ from bitjax.scaling.ensemble import Ensemble
 from bitjax.scaling.predict import TERNARY_BITS, TOKENS_PER_PARAMETER
 from bitjax.scaling.published import points
 from bitjax.scaling.runs import Runs
-from bitjax.scaling.shapes import INT8_ACTIVATIONS, STORED_BITS, model_bytes, token_joules
+from bitjax.scaling.shapes import (
+    INT8_ACTIVATIONS,
+    STORED_BITS,
+    VOCABULARY,
+    model_bytes,
+    token_joules,
+)
 
 ENDINGS = ("png", "svg")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
@@ -35,12 +41,14 @@ class Style(NamedTuple):
 
 
 def plot_fit(
-    folder: Path, runs: Runs, ensemble: Ensemble, ratio: float = TOKENS_PER_PARAMETER
-) -> list[Path]:
+    folder: Path, runs: Runs, ensemble: Ensemble, ratio: float = TOKENS_PER_PARAMETER,
+    vocabulary: int = VOCABULARY,
+) -> list[Path]:  # fmt: skip
     """Write every figure into a folder; returns the files.
 
     Args:
         ratio: tokens per parameter of curves that go beyond the runs.
+        vocabulary: rows of the embedding that bytes and joules include.
 
     Raises:
         ValueError: the folder cannot be written.
@@ -56,8 +64,8 @@ def plot_fit(
     }
     if len(ensemble.arms) > 1:
         drawn["gap"] = lambda axes: _gap(axes, runs, ensemble, styles, ratio)
-    drawn["equal-memory"] = lambda axes: _memory(axes, runs, ensemble, styles, ratio)
-    drawn["equal-energy"] = lambda axes: _energy(axes, runs, ensemble, styles, ratio)
+    drawn["equal-memory"] = lambda axes: _memory(axes, runs, ensemble, styles, ratio, vocabulary)
+    drawn["equal-energy"] = lambda axes: _energy(axes, runs, ensemble, styles, ratio, vocabulary)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return [path for name, draw in drawn.items() for path in _figure(folder / name, draw)]
@@ -75,8 +83,10 @@ def _figure(path: Path, draw: Callable[[Any], None]) -> list[Path]:
         figure, axes = pyplot.subplots(figsize=(5.6, 3.8), layout="constrained")
         try:
             draw(axes)
-            axes.grid(alpha=0.25, linewidth=0.5, which="both")
+            axes.grid(alpha=0.25, linewidth=0.5)
             axes.legend(fontsize=7)
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # found once, for both files
             files = [path.with_name(f"{path.name}.{ending}") for ending in ENDINGS]
             for file in files:  # no date: the same fit gives the same bytes
                 figure.savefig(
@@ -167,18 +177,19 @@ def _gap(axes: Any, runs: Runs, ensemble: Ensemble, styles: dict[str, Style], ra
 
 
 def _memory(
-    axes: Any, runs: Runs, ensemble: Ensemble, styles: dict[str, Style], ratio: float
-) -> None:
+    axes: Any, runs: Runs, ensemble: Ensemble, styles: dict[str, Style], ratio: float,
+    vocabulary: int,
+) -> None:  # fmt: skip
     """Loss over bytes of weights and embedding."""
     grid = np.geomspace(runs.N.min(), BEYOND, POINTS)
     for arm, style in styles.items():
         widths = TERNARY_BITS if arm == "ternary" else (STORED_BITS.get(arm, 16.0),)
         losses = ensemble.losses(grid, ratio * grid, arm)
         for k, bits in enumerate(widths):
-            weights = [model_bytes(N, bits) for N in grid]
+            weights = [model_bytes(N, bits, vocabulary) for N in grid]
             _curve(axes, weights, losses, style, f"{arm}, {bits:g} bits", 1.4 - 0.7 * k)
         if arm == "float" and "ptq_int4" not in styles:
-            weights = [model_bytes(N, STORED_BITS["ptq_int4"]) for N in grid]
+            weights = [model_bytes(N, STORED_BITS["ptq_int4"], vocabulary) for N in grid]
             rounded = Style((0, (1, 1)), "", "0.3")
             _curve(axes, weights, losses, rounded, "float in 4 bits, were nothing lost", 1.4, False)
     axes.set(xlabel="bytes of weights and embedding", **_frontier(ratio))
@@ -186,12 +197,13 @@ def _memory(
 
 
 def _energy(
-    axes: Any, runs: Runs, ensemble: Ensemble, styles: dict[str, Style], ratio: float
-) -> None:
+    axes: Any, runs: Runs, ensemble: Ensemble, styles: dict[str, Style], ratio: float,
+    vocabulary: int,
+) -> None:  # fmt: skip
     """Loss over joules of a token's arithmetic."""
     grid = np.geomspace(runs.N.min(), BEYOND, POINTS)
     for arm, style in styles.items():
-        joules = [token_joules(N, arm) for N in grid]
+        joules = [token_joules(N, arm, vocabulary) for N in grid]
         kind = "int8 additions" if arm in INT8_ACTIVATIONS else "float16"
         _curve(axes, joules, ensemble.losses(grid, ratio * grid, arm), style, f"{arm}, {kind}", 1.4)
     axes.set(xlabel="joules of a token's arithmetic, modelled at 7 nm", **_frontier(ratio))

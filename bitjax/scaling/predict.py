@@ -84,6 +84,19 @@ def predict(
     ]  # fmt: skip
 
 
+def closing(
+    ensemble: Ensemble, arm: str, N: Sequence[float], D: Sequence[float]
+) -> tuple[float, float]:
+    """Probabilities that the relative gap is smaller at the last of the sizes, by N, than at the
+    first, and that it is 0 or less there."""
+    order = np.argsort(N)[[0, -1]]
+    sizes, tokens = np.asarray(N, float)[order], np.asarray(D, float)[order]
+    gap = np.log(
+        ensemble.losses(sizes, tokens, arm) / ensemble.losses(sizes, tokens, ensemble.arms[0])
+    )[1:]
+    return float((gap[:, 1] < gap[:, 0]).mean()), float((gap[:, 1] <= 0).mean())
+
+
 def _memory(
     N: np.ndarray, factor: np.ndarray, bits: float, rival_bits: float, vocabulary: int
 ) -> np.ndarray:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
-MIN_RUNS_PER_PARAMETER = 1.0  # as many runs as parameters leave nothing to judge the fit by
+from bitjax.scaling.table import COLUMNS, read_table
+
+FINISHED = "finished"  # status of a run that counts
 MIN_SIZES = 4  # with three, N alone decides E, A and alpha without anything left over
 MAX_CORRELATION = 0.9  # of log N and log D: beyond it alpha and beta trade for one another
-MAX_CONDITION = 1e4  # of the standardised derivatives: one direction then has 1/10,000 of the best
+MAX_CONDITION = 1e3  # of the standardised derivatives; Chinchilla's points have 220
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Runs:
 
 def read_runs(path: Path) -> Runs:
     """The finished runs of a CSV with columns N, D, loss, and any of arm, seed, ended, tokenizer,
-    validation, data, loss_se, embedding_parameters and status (rows but "done" are left out).
+    validation, data, loss_se, embedding_parameters and status (only finished ones are read).
 
     The points of Chinchilla's figure 4 as Epoch AI read them off (arXiv 2404.10102) are known by
     their columns `Model Size` and `Training FLOP`; D is FLOP / (6 N).
@@ -105,10 +107,18 @@ def read_runs(path: Path) -> Runs:
     Raises:
         ValueError: no rows, a column that is missing, a cell that is no number.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        rows = [r for r in reader if (r.get("status") or "done") in FINISHED]
-        columns = set(reader.fieldnames or ())
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows = [r for r in reader if (r.get("status") or FINISHED) == FINISHED]
+            columns = set(reader.fieldnames or ())
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no table of runs: {error}") from None
+    if set(COLUMNS) <= columns:  # of `bitjax scale run`: everything in it is checked
+        done = [row for row in read_table(path) if row.status == FINISHED]
+        if not done:
+            raise ValueError(f"{path} has no finished runs")
+        return Runs.of(**{f.name: [getattr(row, f.name) for row in done] for f in fields(Runs)})
     if {"Model Size", "Training FLOP", "loss"} <= columns:
         N, flops = _numbers(path, rows, "Model Size"), _numbers(path, rows, "Training FLOP")
         return Runs.of(N, flops / (6 * N), _numbers(path, rows, "loss"))
@@ -116,22 +126,20 @@ def read_runs(path: Path) -> Runs:
         raise ValueError(f"{path} has no column {missing[0]!r}; a table of runs has N, D and loss")
     if not rows:
         raise ValueError(f"{path} has no finished runs")
-    readers: dict[str, Callable[[str], object]] = {
-        "seed": int, "ended": lambda s: s.strip().lower() in ("true", "1", "yes"),
-        "arm": str, "tokenizer": str, "validation": str, "data": str,
+    others: dict[str, object] = {
+        name: np.array([r[name] or "" for r in rows])
+        for name in ("arm", "tokenizer", "validation", "data") if name in columns
     }  # fmt: skip
-    others = {
-        name: np.array([read(r[name] or "-1" if name == "seed" else r[name] or "") for r in rows])
-        for name, read in readers.items() if name in columns
-    }  # fmt: skip
+    if "ended" in columns:
+        others["ended"] = np.array([(r["ended"] or "").lower() in ("true", "1") for r in rows])
+    if "seed" in columns:
+        seeds = _numbers(path, rows, "seed")
+        others["seed"] = np.where(np.isnan(seeds), -1, seeds).astype(int)
     for name in ("loss_se", "embedding_parameters"):
         if name in columns:
             others[name] = _numbers(path, rows, name)
     N, D, loss = (_numbers(path, rows, name) for name in ("N", "D", "loss"))
     return Runs.of(N, D, loss, **others)
-
-
-FINISHED = ("done", "finished", "ok", "complete")
 
 
 def without_highest(runs: Runs, count: int) -> Runs:
@@ -145,7 +153,7 @@ def _numbers(path: Path, rows: list[dict[str, str]], column: str) -> np.ndarray:
     values = []
     for row, cells in enumerate(rows, 1):
         try:
-            values.append(float(cells[column] or "nan"))
+            values.append(math.nan if cells[column] == "" else float(cells[column]))
         except (TypeError, ValueError):
             raise ValueError(
                 f"{path}, run {row}: {column} is {cells[column]!r}, not a number"
@@ -180,7 +188,7 @@ def check_runs(runs: Runs, parameters: int) -> None:
                 f"the runs have {len(known)} {said} ({', '.join(repr(v) for v in known)}), whose "
                 f"losses do not compare; choose one with --where {name}=VALUE"
             )
-    if len(runs) <= MIN_RUNS_PER_PARAMETER * parameters:
+    if len(runs) <= parameters:
         raise ValueError(f"{len(runs)} runs are too few for a law of {parameters} parameters")
     for arm in runs.arms:
         sizes, tokens = (_distinct(values[runs.arm == arm]) for values in (runs.N, runs.D))
@@ -191,11 +199,14 @@ def check_runs(runs: Runs, parameters: int) -> None:
             )
 
 
-def design_warnings(runs: Runs, jacobian: np.ndarray) -> list[str]:
+def design_warnings(
+    runs: Runs, jacobian: np.ndarray, exponents: Mapping[str, float] | None = None
+) -> list[str]:
     """Sentences on what the runs cannot tell apart.
 
     Args:
         jacobian: [n, P] derivatives of log loss at the fit.
+        exponents: of the fit, alpha and beta.
     """
     said = []
     sizes = _distinct(runs.N)
@@ -213,6 +224,11 @@ def design_warnings(runs: Runs, jacobian: np.ndarray) -> list[str]:
             f"the design is nearly singular (condition number {condition:.1e} of the standardised "
             "derivatives): some parameters are hardly known"
         )
+    for name, value in (exponents or {}).items():
+        if value <= 0:
+            said.append(
+                f"{name} is {value:.3g}: by this fit more parameters or tokens make no loss better"
+            )
     if early := int((~runs.ended).sum()):
         said.append(
             f"{early} of {len(runs)} runs are not at the end of their schedule: losses before the "

@@ -49,15 +49,17 @@ def fit_runs(
     runs = runs[np.isin(runs.arm, arms)]
     forms = tuple(forms or _affordable(runs, arms))
     standings = compare(runs, forms, arms, delta, largest)
-    for said in design_warnings(runs, standings[0].fit.jacobian):
+    best = standings[0].fit
+    exponents = {name: best.natural[name] for name in ("alpha", "beta")}
+    for said in design_warnings(runs, best.jacobian, exponents):
         warnings.warn(said, stacklevel=2)
     if resampling is None:
         share = degenerate_share(runs, seed)
         resampling = "weights" if share > MAX_DEGENERATE else "cells"
         if share > MAX_DEGENERATE:
             warnings.warn(
-                f"{share:.0%} of resamples of these cells have one size or token count: intervals "
-                "come from random weights instead; see --profile as well",
+                f"{share:.0%} of resamples of these cells leave an arm one size or token count: "
+                "intervals come from random weights instead; see --profile as well",
                 stacklevel=2,
             )
     members = [

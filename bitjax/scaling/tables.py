@@ -17,7 +17,7 @@ from bitjax.scaling.fit_file import FitFile
 from bitjax.scaling.intervals import profile
 from bitjax.scaling.isoflop import frontiers, parabolas
 from bitjax.scaling.laws import Law
-from bitjax.scaling.predict import costs, next_runs, predict
+from bitjax.scaling.predict import closing, costs, next_runs, predict
 from bitjax.scaling.published import confront, published
 
 CANDIDATES = 5  # of the next experiment, shown
@@ -107,7 +107,8 @@ def print_parabolas(fit: FitFile) -> None:
     for f in frontiers(found):
         terms = member.law.arm_terms(np.concatenate([member.theta[None], member.draws]), f.arm)
         by_law = estimates((terms["beta"] / (terms["alpha"] + terms["beta"]))[:, None])[0]
-        rows.append((f.arm or "all", f"{f.exponent:.3f} +- {f.se:.3f}", _estimate(by_law, ".3f")))
+        error = "" if math.isnan(f.se) else f" +- {f.se:.3f}"
+        rows.append((f.arm or "all", f"{f.exponent:.3f}{error}", _estimate(by_law, ".3f")))
     if rows:
         terminal.table(
         ("arm", "exponent by parabolas", f"by the law {member.law.form}"),
@@ -121,7 +122,7 @@ def print_predictions(fit: FitFile, asked: Question) -> None:
     made = predict(fit.ensemble, arm, asked.N, asked.D, asked.tolerance, asked.vocabulary)
     terminal.table(
         ("N", "D", reference, arm, "gap (nats)", "gap (%)",
-         f"P(gap <= {asked.tolerance:g})", "parameters for equal loss"),
+         f"P(gap <= {asked.tolerance:g})", "parameters for equal loss at D"),
         [
             (f"{p.N:.3g}", f"{p.D:.3g}", _estimate(p.reference, ".3f"), _estimate(p.arm, ".3f"),
              _estimate(p.gap, "+.4f"), _estimate(Estimate(*(100 * x for x in p.relative)), "+.2f"),
@@ -130,6 +131,11 @@ def print_predictions(fit: FitFile, asked: Question) -> None:
         ],
         f"{arm} against {reference}; in brackets 95 % over {_laws(fit)}",
     )  # fmt: skip
+    shrinks, vanishes = closing(fit.ensemble, arm, asked.N, asked.D)
+    terminal.console.print(
+        f"the relative gap shrinks from {min(asked.N):.3g} to {max(asked.N):.3g} parameters with "
+        f"probability {shrinks:.2f}, and is gone there with {vanishes:.2f}"
+    )
     terminal.table(
         ("N", *(f"{bits:g} bits against {rival}" for rival, bits in made[0].memory)),
         [

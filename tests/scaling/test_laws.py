@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from synthetic import ALPHA, BETA, ETA, A, B, E, plain
+from synthetic_runs import ALPHA, BETA, ETA, A, B, E, plain
 
 from bitjax.scaling.laws import BITS, FORMS, GAMMA_A, Law, logsumexp
 

@@ -36,6 +36,15 @@ def test_each_problem_has_its_own_objective():
         assert abs((w * np.sign(x - y)).sum()) <= w.max()
 
 
+def test_a_lowest_point_at_infinity():
+    """exp(-x) falls for ever; its value comes to an end."""
+    found = minimize(
+        lambda x, rows: (1 + np.exp(-x[:, 0]), -np.exp(-x)), np.zeros((3, 1)), np.ones((3, 1, 1))
+    )
+    assert found.converged.all()
+    np.testing.assert_allclose(found.value, 1, atol=1e-6)
+
+
 def test_infinite_values_are_stepped_back_from():
     def objective(x, rows):
         with np.errstate(divide="ignore", invalid="ignore"):

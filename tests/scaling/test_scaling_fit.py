@@ -3,9 +3,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import synthetic
+import synthetic_runs as synthetic
 from scipy.optimize import minimize
-from synthetic import ALPHA, ARMS, BETA, ETA, A, B, E
+from synthetic_runs import ALPHA, ARMS, BETA, ETA, A, B, E
 
 from bitjax.scaling.fit import DELTA, fit_law
 from bitjax.scaling.intervals import bootstrap
