@@ -138,6 +138,15 @@ def test_a_recipe_may_have_a_study(plan, tmp_path):
         read_study(plan.recipe)
 
 
+def test_sizes_far_beyond_a_budget_are_not_measured(plan, pretended):
+    plan.recipe.write_text(RECIPE + STUDY.replace("32x2", "256x8"))
+    code, made, _ = plan("--hours", "0.5")
+    assert code == 0
+    assert {run.size for run in made.runs} == {"16x1"}
+    measured = {t["config"]["model"]["hidden_size"] for job in pretended.jobs for t in job}
+    assert measured == {16}
+
+
 def test_run_does_the_plan_and_says_where_the_table_is(plan, tmp_path, capsys):
     plan("--sizes", "16x1", "--ratios", "1", "--rates", "2e-3", "4e-3", "8e-3")
     out = tmp_path / "out"
