@@ -56,7 +56,7 @@ def compare(
         largest: sizes that are held out, from the top.
     """
     fits: list[Fit] = []
-    for form in sorted(forms, key=lambda form: len(OFFSETS[form])):
+    for form in sorted(forms, key=lambda form: len(OFFSETS.get(form, ()))):
         fits.append(fit_law(runs, form, arms, delta, simpler=fits))
     criteria = [information(fit) for fit in fits]
     aicc = np.array([a for a, _ in criteria])
