@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from bitjax import __version__
 from bitjax.cli_corpus import add_corpus_commands
 from bitjax.cli_eval import add_eval_arguments, run_eval
+from bitjax.cli_scale import add_scale_commands
 from bitjax.printable import printable
 
 if TYPE_CHECKING:
@@ -233,6 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     add_corpus_commands(command("corpus", None, "turn text into token files to train on"))
+    add_scale_commands(command("scale", None, "study how loss falls with parameters and tokens"))
 
     evaluate = command(
         "eval",

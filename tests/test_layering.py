@@ -19,8 +19,9 @@ LAYERS = [
     {"api", "recipe"},
     {"plots", "terminal"},
     {"demo", "inspection", "conversion", "bench", "chat"},
-    {"cli_corpus", "evaluation", "evaluation_text", "harness"},
-    {"cli_eval"},
+    {"cli_corpus", "evaluation", "evaluation_text", "harness", "scaling"},
+    {"cli_eval", "cli_scale_laws", "cli_scale_runs"},
+    {"cli_scale"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

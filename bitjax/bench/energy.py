@@ -80,17 +80,18 @@ def modelled_joules(model: Transformer, context: int, quantized: bool = True) ->
     width = config.num_layers * config.num_heads * config.head_dim
     return {
         "layers": sum(
-            _ternary(N, K) if ternary else _product(N, K, ADD16, MUL16)
-            for ternary, (N, K) in shapes
+            ternary_joules(N, K) if ternary else product_joules(N, K) for ternary, (N, K) in shapes
         ),
         "attention": 2 * context * width * (ADD16 + MUL16),
-        "head": _product(*head, ADD8, MUL8) if head_int8 else _product(*head, ADD16, MUL16),
+        "head": product_joules(*head, ADD8, MUL8) if head_int8 else product_joules(*head),
     }
 
 
-def _product(N: int, K: int, add: float, mul: float) -> float:
+def product_joules(N: float, K: float, add: float = ADD16, mul: float = MUL16) -> float:
+    """Of a product with N x K weights, by default in float16."""
     return N * (K - 1) * add + N * K * mul
 
 
-def _ternary(N: int, K: int) -> float:
+def ternary_joules(N: float, K: float) -> float:
+    """Of a product with N x K ternary weights and int8 activations."""
     return N * (K - 1) * ADD8 + (N + K) * MUL16

@@ -23,11 +23,12 @@ from bitjax.config.model import (
 )
 from bitjax.config.optimizer import OptimizerConfig
 from bitjax.config.run import RunConfig
+from bitjax.config.scaling import Group, StudyConfig
 from bitjax.config.train import WATCHING, Products, TrainAttention, TrainConfig
 
 __all__ = [
     "TOKENIZER_VOCAB_SIZE", "WATCHING", "ActivationQuantizer", "CacheDType", "CorpusConfig",
-    "CorpusKind", "DType", "DataConfig", "MeshConfig", "ModelConfig", "OptimizerConfig",
-    "Products", "RopeScaling", "RunConfig", "TrainAttention", "TrainConfig", "WeightQuantizer",
-    "from_dict", "from_json", "override", "to_json",
+    "CorpusKind", "DType", "DataConfig", "Group", "MeshConfig", "ModelConfig", "OptimizerConfig",
+    "Products", "RopeScaling", "RunConfig", "StudyConfig", "TrainAttention", "TrainConfig",
+    "WeightQuantizer", "from_dict", "from_json", "override", "to_json",
 ]  # fmt: skip

@@ -1,0 +1,48 @@
+import dataclasses
+import math
+
+import pytest
+
+from bitjax.bench.energy import modelled_joules
+from bitjax.model import abstract_model
+from bitjax.presets import MODELS
+from bitjax.scaling.published import linear_weights
+from bitjax.scaling.shapes import SHAPES, Shape, model_bytes, token_joules
+from bitjax.train.flops import multiplying_weights
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_published_shapes_come_back(name):
+    config = MODELS[name]
+    N = linear_weights(config)
+    assert multiplying_weights(config) - config.vocab_size * config.hidden_size == N
+    shape = Shape.of(N)
+    assert shape.hidden == pytest.approx(config.hidden_size, rel=1e-9)
+    # Their FFNs are 8/3 to 3 times as wide as the model.
+    assert shape.layers == pytest.approx(config.num_layers, rel=0.1)
+
+
+def test_parameters_add_up_at_any_size():
+    for N in (1e5, 3e7, 2e9, 1e11, 1e13):
+        s = Shape.of(N)
+        assert s.layers * (4 * s.hidden**2 + 3 * s.hidden * s.ffn) == pytest.approx(N)
+    assert Shape.of(1e5).hidden < Shape.of(1e6).hidden < 1024
+
+
+def test_bytes():
+    h = Shape.of(7e9).hidden
+    assert model_bytes(7e9, 1.6, 32_000, 16) == pytest.approx(7e9 * 0.2 + 2 * 32_000 * h)
+    assert model_bytes(math.inf, 1.6) == math.inf
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_joules_are_those_of_a_model_of_the_shape(quantized):
+    base = MODELS["b1.58-3b"]
+    config = dataclasses.replace(
+        base, num_layers=2, intermediate_size=round(base.hidden_size * 8 / 3), vocab_size=32_000
+    )
+    parts = modelled_joules(abstract_model(config), 2048, quantized)
+    layers = Shape.of(linear_weights(base)).layers
+    expected = parts["layers"] / 2 * layers + parts["attention"] / 2 * layers + parts["head"]
+    found = token_joules(linear_weights(base), "ternary" if quantized else "float")
+    assert found == pytest.approx(expected, rel=2e-3)
