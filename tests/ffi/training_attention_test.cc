@@ -166,7 +166,7 @@ void check_shape(const std::string& name, const Shape& s) {
   const TrainingAttentionKernel kernel = training_attention_of(name);
   const Case c(s);
   const Wanted wanted = plain(c);
-  const Buffer<float> out(s.tokens * s.h, NAN, 0), gradient(s.tokens * c.stride, 0.0F, 0);
+  const Buffer<float> out(s.tokens * s.h, NAN, 0), gradient(s.tokens * c.stride, NAN, 0);
   const Buffer<float> maximum(s.tokens, NAN, 0), total(s.tokens, NAN, 0);
   const Buffer<float> scratch(training_attention_scratch(s.h), NAN, 0);
   float* const dk = gradient.get() + s.h;
@@ -177,7 +177,7 @@ void check_shape(const std::string& name, const Shape& s) {
   for (int64_t t = 0; t < s.tokens; t += kAttentionBlock)
     kernel.backward(c.head(), t, out.get() + t * s.h, c.d_out.get() + t * s.h, s.h,
                     maximum.get() + t, total.get() + t, gradient.get() + t * c.stride, dk, dv,
-                    c.stride, scratch.get());
+                    c.stride, true, scratch.get());
   kernel.finish(dk, c.stride, 1, 0, s.tokens, s.h, c.turn.get(), dk, c.stride);
   check_near("result", name, s, out.get(), wanted.out);
   check_near("gradient", name, s, gradient.get(), wanted.gradient);
