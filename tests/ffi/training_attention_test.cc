@@ -24,7 +24,8 @@ int passed = 0, failed = 0;
 struct Shape {
   int64_t tokens;
   int h;
-  int documents;  // 0: no segments
+  int documents;      // 0: no segments
+  float size = 1.0F;  // of queries, keys and values
 };
 
 std::mt19937& generator() {
@@ -32,8 +33,8 @@ std::mt19937& generator() {
   return g;
 }
 
-std::vector<float> normals(int64_t count) {
-  std::normal_distribution<float> normal;
+std::vector<float> normals(int64_t count, float size = 1.0F) {
+  std::normal_distribution<float> normal(0.0F, size);
   std::vector<float> values(static_cast<size_t>(count));
   for (float& v : values) v = normal(generator());
   return values;
@@ -49,7 +50,7 @@ struct Case {
   explicit Case(const Shape& s)
       : shape(s),
         stride(3 * s.h),
-        qkv(normals(s.tokens * stride), 0),
+        qkv(normals(s.tokens * stride, s.size), 0),
         turn(normals(s.tokens * s.h), 0),
         d_out(normals(s.tokens * s.h), 0),
         segments(s.documents == 0 ? 0 : s.tokens, 0) {
@@ -216,7 +217,8 @@ int main() {
       bitjax::guard_pages = guarded;
       for (const bitjax::Shape& shape :
            {bitjax::Shape{1, 16, 0}, {2, 32, 0}, {5, 48, 0}, {17, 64, 3}, {63, 16, 0}, {64, 80, 2},
-            {65, 16, 65}, {70, 128, 0}, {130, 16, 0}, {150, 32, 2}, {200, 16, 9}, {7, 512, 0}})
+            {65, 16, 65}, {70, 128, 0}, {130, 16, 0}, {150, 32, 2}, {200, 16, 9}, {7, 512, 0},
+            {130, 16, 0, 10.0F}})
         bitjax::check_shape(name, shape);
       for (const int64_t count : {1, 3})
         for (const bool turns : {false, true}) bitjax::check_finish(name, count, turns);
