@@ -104,10 +104,12 @@ struct Entry {
 const std::vector<Entry>& entries() {
   static const std::vector<Entry> all = {
 #ifdef BITJAX_HAVE_AVX512VBMI
-      {avx512vbmi_kernel(), avx512vbmi_attention(), avx512vnni_training_attention, cpu_has_avx512vnni() && cpu_has_avx512vbmi()},
+      {avx512vbmi_kernel(), avx512vbmi_attention(), avx512vnni_training_attention,
+       cpu_has_avx512vnni() && cpu_has_avx512vbmi()},
 #endif
 #ifdef BITJAX_HAVE_AVX512VNNI
-      {avx512vnni_kernel(), avx512vnni_attention(), avx512vnni_training_attention, cpu_has_avx512vnni()},
+      {avx512vnni_kernel(), avx512vnni_attention(), avx512vnni_training_attention,
+       cpu_has_avx512vnni()},
 #endif
 #ifdef BITJAX_HAVE_AVXVNNI
       {avxvnni_kernel(), avxvnni_attention(), avx2_training_attention, cpu_has_avxvnni()},

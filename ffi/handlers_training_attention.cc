@@ -199,17 +199,15 @@ ffi::Error backward(ffi::ThreadPool pool, ffi::AnyBuffer qkv, ffi::AnyBuffer tur
         dk = sums + i * 2 * plane;
         dv = dk + plane;
         stride = x.h;
-      }
-      for (int64_t t = 0; t < x.T; ++t) {
-        std::fill_n(dk + t * stride, x.h, 0.0F);
-        std::fill_n(dv + t * stride, x.h, 0.0F);
+        std::fill_n(dk, 2 * plane, 0.0F);
       }
       for (int64_t pair = part; pair < x.group() * x.blocks(); pair += count) {
         const int64_t first = pair % x.blocks() * kAttentionBlock;
         const int64_t head = g * x.group() + pair / x.blocks(), at = x.mixed(b, first, head);
         kernel.backward(x.head(b, head), first, mixed + at, gradient + at, x.H * x.h,
                         numbers + x.maximum(b, head) + first, numbers + x.total(b, head) + first,
-                        result + x.query(b, head) + first * x.stride(), dk, dv, stride, scratch);
+                        result + x.query(b, head) + first * x.stride(), dk, dv, stride,
+                        count == 1 && pair < x.blocks(), scratch);
       }
       if (count == 1)
         kernel.finish(dk, stride, 1, 0, x.T, x.h, x.turn + b * plane, dk, stride);

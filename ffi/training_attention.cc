@@ -32,30 +32,34 @@ struct Factor {
   int64_t row, step;
 };
 
+inline void load(const float* p, Floats* v) { __builtin_memcpy(v, p, sizeof *v); }
+
 // c[m][n] = or += sum_k a[m, k] b[k][n], for M rows and V vectors of columns.
 template <int M, int V>
 void tile(const Factor& a, const float* b, int64_t b_row, int64_t depth, bool add, float* c,
           int64_t c_row) {
-  Float16 acc[M][V] = {};
+  // Registers one by one: GCC 12 keeps an array of Float16 in memory.
+  Floats acc[M][V * kRegisters];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < V * kRegisters; ++v) acc[m][v] = Floats{};
   const float* from = a.at;
   for (int64_t k = 0; k < depth; ++k, from += a.step, b += b_row) {
-    Float16 column[V];
-    for (int v = 0; v < V; ++v) load_floats(b + v * kFloats, &column[v]);
+    Floats column[V * kRegisters];
+    for (int v = 0; v < V * kRegisters; ++v) load(b + v * kRegisterFloats, &column[v]);
     for (int m = 0; m < M; ++m) {
       const float value = from[m * a.row];
-      for (int v = 0; v < V; ++v)
-        for (int i = 0; i < kRegisters; ++i) acc[m][v].part[i] += column[v].part[i] * value;
+      for (int v = 0; v < V * kRegisters; ++v) acc[m][v] += column[v] * value;
     }
   }
   for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) {
-      float* const to = c + m * c_row + v * kFloats;
+    for (int v = 0; v < V * kRegisters; ++v) {
+      float* const to = c + m * c_row + v * kRegisterFloats;
       if (add) {
-        Float16 before;
-        load_floats(to, &before);
-        for (int i = 0; i < kRegisters; ++i) acc[m][v].part[i] += before.part[i];
+        Floats before;
+        load(to, &before);
+        acc[m][v] += before;
       }
-      store_floats(to, acc[m][v]);
+      __builtin_memcpy(to, &acc[m][v], sizeof acc[m][v]);
     }
 }
 
@@ -178,6 +182,7 @@ void transpose(const float* x, int h, float* y) {
 
 // ---- what a block of queries sees of a block of keys --------------------------------------------
 
+// By segments; at the diagonal, of what is not later.
 enum class Sight { kNothing, kPart, kAll };
 
 // The first n segments' numbers lie in [low, high].
@@ -203,7 +208,7 @@ struct Meeting {
   Sight sight() const {
     const SegmentRange q(query_segments, queries), k(key_segments, keys);
     if (q.low > k.high || k.low > q.high) return Sight::kNothing;
-    return diagonal || q.low != q.high || k.low != k.high ? Sight::kPart : Sight::kAll;
+    return q.low != q.high || k.low != k.high ? Sight::kPart : Sight::kAll;
   }
 
   // Scores are computed by tiles of kRows keys, from the vector of queries on in which the first of
@@ -215,15 +220,21 @@ struct Meeting {
     return diagonal ? smaller(keys, whole((v + 1) * kFloats, kRows) * kRows) : keys;
   }
 
+  // The first key that is not seen by all of the v-th vector of queries, if there is one.
+  int64_t first_masked(int64_t v, Sight sight) const {
+    if (sight == Sight::kPart) return 0;
+    return diagonal ? smaller(v * kFloats, end_key(v)) : end_key(v);
+  }
+
   // The lanes of the v-th vector of queries that see a key.
-  Ints16 visible(int64_t v, int64_t key) const {
+  Ints16 visible(int64_t v, int64_t key, Sight sight) const {
     Ints16 mask;
     const int32_t before = static_cast<int32_t>(diagonal ? key - v * kFloats - 1 : -1);
     for (int i = 0; i < kRegisters; ++i) {
       Ints lane;
       for (int j = 0; j < kRegisterFloats; ++j) lane[j] = i * kRegisterFloats + j;
       mask.part[i] = lane > before;
-      if (query_segments != nullptr) {
+      if (sight == Sight::kPart) {
         Ints segment;
         __builtin_memcpy(&segment, query_segments + v * kFloats + i * kRegisterFloats,
                          sizeof segment);
@@ -255,12 +266,12 @@ void mix_keys(const Meeting& meeting, const float* w, const float* x, int h, boo
   }
 }
 
-// Sums over the queries that see each key: y[s] += sum_q w[s][q] x[q].
-void mix_queries(const Meeting& meeting, const float* w, const float* x, int h, float* y,
+// Sums over the queries that see each key: y[s] = or += sum_q w[s][q] x[q].
+void mix_queries(const Meeting& meeting, const float* w, const float* x, int h, bool add, float* y,
                  int64_t y_stride) {
   for (int64_t s = 0; s < meeting.keys; s += kRows) {
     const int64_t from = meeting.diagonal ? s : 0;
-    product({w + s * kBlock + from, kBlock, 1}, x + from * h, h, meeting.queries - from, true,
+    product({w + s * kBlock + from, kBlock, 1}, x + from * h, h, meeting.queries - from, add,
             smaller(kRows, meeting.keys - s), h, y + s * y_stride, y_stride);
   }
 }
@@ -302,11 +313,10 @@ struct Queries {
 
 // Scores to e^(score - top), with the new largest; `total` and what is summed so far shrink by the
 // factors written to `shrink`.
-template <bool Masked>
-void weigh(const Meeting& meeting, int64_t v, float* scores, Float16* top, Float16* total,
-           float* shrink) {
+void weigh(const Meeting& meeting, Sight sight, int64_t v, float* scores, Float16* top,
+           Float16* total, float* shrink) {
   constexpr int kChains = 4;  // a comparison's latency, in comparisons of one a cycle
-  const int64_t end = meeting.end_key(v);
+  const int64_t end = meeting.end_key(v), masked = meeting.first_masked(v, sight);
   float* const column = scores + v * kFloats;
   const auto score = [&](int64_t s) {
     Float16 x;
@@ -315,22 +325,21 @@ void weigh(const Meeting& meeting, int64_t v, float* scores, Float16* top, Float
   };
   Float16 high[kChains], poison[kChains];  // comparisons lose NaNs
   for (int c = 0; c < kChains; ++c) high[c] = *top, poison[c] = 0.0F;
-  const auto join = [&](int64_t s, int c) {
-    Float16 x = score(s);
-    if (Masked) x = select(meeting.visible(v, s), x, high[c]);
+  const auto join = [&](const Float16& x, int c) {
     poison[c] += x * 0.0F;
     high[c] = larger(x, high[c]);
   };
   int64_t s = 0;
-  for (; s + kChains <= end; s += kChains)
-    for (int c = 0; c < kChains; ++c) join(s + c, c);
-  for (; s < end; ++s) join(s, 0);
+  for (; s + kChains <= masked; s += kChains)
+    for (int c = 0; c < kChains; ++c) join(score(s + c), c);
+  for (; s < masked; ++s) join(score(s), 0);
+  for (; s < end; ++s) join(select(meeting.visible(v, s, sight), score(s), high[0]), 0);
   const Float16 now = larger(larger(high[0], high[1]), larger(high[2], high[3]));
   const Float16 factor = exponential(*top - now);
   Float16 sum = *total * factor + ((poison[0] + poison[1]) + (poison[2] + poison[3]));
   for (s = 0; s < end; ++s) {
     Float16 x = exponential(score(s) - now);
-    if (Masked) x = select(meeting.visible(v, s), x, 0.0F);
+    if (s >= masked) x = select(meeting.visible(v, s, sight), x, 0.0F);
     sum += x;
     store_floats(column + s * kBlock, x);
   }
@@ -370,12 +379,8 @@ void forward(const TrainingHead& head, int64_t first, float* out, int64_t out_st
     queries.turned_keys(key, meeting.keys, keys);
     copy_rows(head.v + key * head.stride, head.stride, meeting.keys, h, values);
     transposed_scores(meeting, keys, h, transposed, h, scores);
-    for (int64_t v = 0; v < meeting.vectors(); ++v) {
-      if (sight == Sight::kPart)
-        weigh<true>(meeting, v, scores, &top[v], &sum[v], shrink);
-      else
-        weigh<false>(meeting, v, scores, &top[v], &sum[v], shrink);
-    }
+    for (int64_t v = 0; v < meeting.vectors(); ++v)
+      weigh(meeting, sight, v, scores, &top[v], &sum[v], shrink);
     if (!meeting.diagonal) scale_rows(shrink, queries.count, h, out, out_stride);
     mix_keys(meeting, scores, values, h, !meeting.diagonal, out, out_stride);
   }
@@ -402,14 +407,13 @@ struct QueryNumbers {
 };
 
 // Scores become p, and d_out . v becomes e.
-template <bool Masked>
-void weigh_back(const Meeting& meeting, int64_t v, const QueryNumbers& of, float* scores,
-                float* gradients) {
+void weigh_back(const Meeting& meeting, Sight sight, int64_t v, const QueryNumbers& of,
+                float* scores, float* gradients) {
   Float16 maximum, inverse, delta;
   load_floats(of.maximum + v * kFloats, &maximum);
   load_floats(of.inverse + v * kFloats, &inverse);
   load_floats(of.delta + v * kFloats, &delta);
-  const int64_t end = meeting.end_key(v);
+  const int64_t end = meeting.end_key(v), masked = meeting.first_masked(v, sight);
   for (int64_t s = 0; s < end; ++s) {
     float* const score = scores + s * kBlock + v * kFloats;
     float* const gradient = gradients + s * kBlock + v * kFloats;
@@ -417,7 +421,7 @@ void weigh_back(const Meeting& meeting, int64_t v, const QueryNumbers& of, float
     load_floats(score, &x);
     load_floats(gradient, &g);
     x = exponential(x - maximum) * inverse;
-    if (Masked) x = select(meeting.visible(v, s), x, 0.0F);
+    if (s >= masked) x = select(meeting.visible(v, s, sight), x, 0.0F);
     store_floats(score, x);
     store_floats(gradient, x * (g - delta));
   }
@@ -425,7 +429,7 @@ void weigh_back(const Meeting& meeting, int64_t v, const QueryNumbers& of, float
 
 void backward(const TrainingHead& head, int64_t first, const float* out, const float* d_out,
               int64_t out_stride, const float* maximum, const float* total, float* dq, float* dk,
-              float* dv, int64_t kv_stride, float* scratch) {
+              float* dv, int64_t kv_stride, bool fresh, float* scratch) {
   const int h = head.h;
   const int64_t size = static_cast<int64_t>(kBlock) * h;
   float* const rows = scratch;
@@ -455,14 +459,11 @@ void backward(const TrainingHead& head, int64_t first, const float* out, const f
     queries.turned_keys(key, meeting.keys, keys);
     transposed_scores(meeting, keys, h, transposed, h, scores);
     transposed_scores(meeting, head.v + key * head.stride, head.stride, d_transposed, h, gradients);
-    for (int64_t v = 0; v < meeting.vectors(); ++v) {
-      if (sight == Sight::kPart)
-        weigh_back<true>(meeting, v, of, scores, gradients);
-      else
-        weigh_back<false>(meeting, v, of, scores, gradients);
-    }
-    mix_queries(meeting, scores, d_rows, h, dv + key * kv_stride, kv_stride);
-    mix_queries(meeting, gradients, rows, h, dk + key * kv_stride, kv_stride);
+    for (int64_t v = 0; v < meeting.vectors(); ++v)
+      weigh_back(meeting, sight, v, of, scores, gradients);
+    const bool add = !(fresh && meeting.diagonal);
+    mix_queries(meeting, scores, d_rows, h, add, dv + key * kv_stride, kv_stride);
+    mix_queries(meeting, gradients, rows, h, add, dk + key * kv_stride, kv_stride);
     mix_keys(meeting, gradients, keys, h, !meeting.diagonal, dq_rows, h);
   }
   const float scale = 1.0F / __builtin_sqrtf(static_cast<float>(h));

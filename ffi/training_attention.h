@@ -52,10 +52,10 @@ struct TrainingAttentionKernel {
 
   // The same block backward; out, d_out, maximum, total and dq (of head.stride) are those of token
   // `first`. Writes dq, turned back; adds to dk and dv (of token 0, kv_stride) of tokens up to the
-  // block's end, dk not yet turned back.
+  // block's end, dk not yet turned back; those of the block itself are written if they are fresh.
   void (*backward)(const TrainingHead& head, int64_t first, const float* out, const float* d_out,
                    int64_t out_stride, const float* maximum, const float* total, float* dq,
-                   float* dk, float* dv, int64_t kv_stride, float* scratch);
+                   float* dk, float* dv, int64_t kv_stride, bool fresh, float* scratch);
 
   // y[r] = the sum of rows r of `count` parts (part_stride floats apart, rows x_stride), turned back
   // unless turn is null; y may be the only part.

@@ -24,7 +24,8 @@ int passed = 0, failed = 0;
 struct Shape {
   int64_t tokens;
   int h;
-  int documents;  // 0: no segments
+  int documents;      // 0: no segments
+  float size = 1.0F;  // of queries, keys and values
 };
 
 std::mt19937& generator() {
@@ -32,8 +33,8 @@ std::mt19937& generator() {
   return g;
 }
 
-std::vector<float> normals(int64_t count) {
-  std::normal_distribution<float> normal;
+std::vector<float> normals(int64_t count, float size = 1.0F) {
+  std::normal_distribution<float> normal(0.0F, size);
   std::vector<float> values(static_cast<size_t>(count));
   for (float& v : values) v = normal(generator());
   return values;
@@ -49,7 +50,7 @@ struct Case {
   explicit Case(const Shape& s)
       : shape(s),
         stride(3 * s.h),
-        qkv(normals(s.tokens * stride), 0),
+        qkv(normals(s.tokens * stride, s.size), 0),
         turn(normals(s.tokens * s.h), 0),
         d_out(normals(s.tokens * s.h), 0),
         segments(s.documents == 0 ? 0 : s.tokens, 0) {
@@ -166,7 +167,7 @@ void check_shape(const std::string& name, const Shape& s) {
   const TrainingAttentionKernel kernel = training_attention_of(name);
   const Case c(s);
   const Wanted wanted = plain(c);
-  const Buffer<float> out(s.tokens * s.h, NAN, 0), gradient(s.tokens * c.stride, 0.0F, 0);
+  const Buffer<float> out(s.tokens * s.h, NAN, 0), gradient(s.tokens * c.stride, NAN, 0);
   const Buffer<float> maximum(s.tokens, NAN, 0), total(s.tokens, NAN, 0);
   const Buffer<float> scratch(training_attention_scratch(s.h), NAN, 0);
   float* const dk = gradient.get() + s.h;
@@ -177,7 +178,7 @@ void check_shape(const std::string& name, const Shape& s) {
   for (int64_t t = 0; t < s.tokens; t += kAttentionBlock)
     kernel.backward(c.head(), t, out.get() + t * s.h, c.d_out.get() + t * s.h, s.h,
                     maximum.get() + t, total.get() + t, gradient.get() + t * c.stride, dk, dv,
-                    c.stride, scratch.get());
+                    c.stride, true, scratch.get());
   kernel.finish(dk, c.stride, 1, 0, s.tokens, s.h, c.turn.get(), dk, c.stride);
   check_near("result", name, s, out.get(), wanted.out);
   check_near("gradient", name, s, gradient.get(), wanted.gradient);
@@ -216,7 +217,8 @@ int main() {
       bitjax::guard_pages = guarded;
       for (const bitjax::Shape& shape :
            {bitjax::Shape{1, 16, 0}, {2, 32, 0}, {5, 48, 0}, {17, 64, 3}, {63, 16, 0}, {64, 80, 2},
-            {65, 16, 65}, {70, 128, 0}, {130, 16, 0}, {150, 32, 2}, {200, 16, 9}, {7, 512, 0}})
+            {65, 16, 65}, {70, 128, 0}, {130, 16, 0}, {150, 32, 2}, {200, 16, 9}, {7, 512, 0},
+            {130, 16, 0, 10.0F}})
         bitjax::check_shape(name, shape);
       for (const int64_t count : {1, 3})
         for (const bool turns : {false, true}) bitjax::check_finish(name, count, turns);
