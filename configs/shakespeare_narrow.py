@@ -4,7 +4,7 @@ Source:    `bitjax.presets.widened`: rates in inverse proportion to the width, a
            experiments/learning_rates; the demo's own come from a sweep at width 128.
 Command:   bitjax train configs/shakespeare_narrow.py --out runs/narrow
 Twin:      `widened(shakespeare("float"), 64)` of bitjax.presets.
-Number:    not measured; at a quarter of the steps see the experiment.
+Number:    not measured; at half the tokens see the experiment.
 """
 
 from bitjax.config import RunConfig
