@@ -176,6 +176,7 @@ def plot(results: Results, rules: dict[str, tuple[float, float, float]], path: P
             at_128, power, _ = rules[arm]
             axis.axvline(at_128 * (128 / width) ** power, color=line.get_color(), linestyle=":")
         axis.set(xscale="log", title=arm, xlabel="learning rate (dotted: the rule)")
+        axis.set_xlim(8e-4, 8e-2)
     axes[0].set_ylabel("held-out loss, nats per byte")
     axes[1].legend(title="width")
     figure.tight_layout()
