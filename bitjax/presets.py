@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 from bitjax.config import (
     DataConfig,
     ModelConfig,
@@ -133,3 +136,37 @@ def shakespeare(weights: WeightQuantizer, text: str = "", seed: int = 0) -> RunC
         steps=2000, batch_size=4, seq_len=256, seed=seed, eval_every=250, checkpoint_every=250
     )
     return RunConfig(model, DataConfig(text=text), optimizer, schedule)
+
+
+def widened(run: RunConfig, width: int) -> RunConfig:
+    """A run whose model has another width, with initial weights and rates as they transfer:
+
+        num_heads, intermediate_size ~ D      init_std ~ 1 / sqrt(D)      learning rates ~ 1 / D
+
+    Measured for both arms from D = 32 to 128 at four layers: rates ~ D^-1.12 +- 0.15 (ternary) and
+    D^-1.06 +- 0.12 (full precision); see experiments/learning_rates. The same powers as muP has for
+    hidden weights under Adam (arXiv 2203.03466, table 8); norms and embedding share the rate here.
+
+    Args:
+        run: to change.
+        width: D, with a whole number of key and value heads.
+
+    Raises:
+        ValueError: another width.
+    """
+    old, optimizer = run.model, run.optimizer
+    step = old.hidden_size // old.num_kv_heads
+    if width < 1 or width % step:
+        raise ValueError(f"width={width} is not a multiple of {step}, which one key head goes with")
+    model = dataclasses.replace(
+        old, hidden_size=width, intermediate_size=old.intermediate_size * width // old.hidden_size,
+        num_heads=old.num_heads * width // old.hidden_size,
+        num_kv_heads=old.num_kv_heads * width // old.hidden_size,
+        init_std=old.init_std * math.sqrt(old.hidden_size / width),
+    )  # fmt: skip
+    second, narrower = optimizer.stage_two_learning_rate, old.hidden_size / width
+    rates = dataclasses.replace(
+        optimizer, learning_rate=optimizer.learning_rate * narrower,
+        stage_two_learning_rate=None if second is None else second * narrower,
+    )  # fmt: skip
+    return dataclasses.replace(run, model=model, optimizer=rates)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bitjax.config import ModelConfig, RunConfig
-from bitjax.presets import b158_paper, shakespeare
+from bitjax.presets import b158_paper, shakespeare, widened
 from bitjax.recipe import read_recipe
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -120,3 +120,25 @@ def test_the_papers_runs_have_its_tokens_and_rates():
     assert rates["b158_700m_float"].stage_two_weight_decay is None
     with pytest.raises(ValueError, match=r"no rate of a full-precision b1\.58-3\.9b"):
         b158_paper("b1.58-3.9b", "float")
+
+
+@pytest.mark.parametrize("arm", ["ternary", "float"])
+def test_a_wider_run_has_the_rates_that_transfer(arm):
+    run = shakespeare(arm)
+    wide = widened(run, 512)
+    assert (wide.model.hidden_size, wide.model.intermediate_size) == (512, 1536)
+    assert (wide.model.num_heads, wide.model.num_kv_heads, wide.model.head_dim) == (8, 8, 64)
+    assert wide.model.init_std == pytest.approx(run.model.init_std / 2)
+    assert wide.optimizer.learning_rate == pytest.approx(run.optimizer.learning_rate / 4)
+    second = run.optimizer.stage_two_learning_rate
+    if second is not None:
+        second = pytest.approx(second / 4)
+    assert wide.optimizer.stage_two_learning_rate == second
+    assert (wide.train, wide.data) == (run.train, run.data)
+    assert widened(run, 128) == run
+    with pytest.raises(ValueError, match="width=96 is not a multiple of 64, which one key head"):
+        widened(run, 96)
+
+
+def test_the_narrow_recipe_is_the_demos_made_narrower():
+    assert read_recipe(CONFIGS / "shakespeare_narrow.py") == widened(shakespeare("ternary"), 64)

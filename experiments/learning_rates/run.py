@@ -1,12 +1,12 @@
-"""How the best learning rate moves with a model's width: a sweep of both arms, and a prediction.
+"""How the best learning rate moves with a model's width: a sweep of both arms, and a rule.
 
     taskset -c 0 python experiments/learning_rates/run.py
 
 Models of the demo's form (4 layers, heads of 32, a feed-forward network of three widths) are
 trained on 512,000 bytes of tiny Shakespeare at rates a factor of 2 apart, until the best has worse
 neighbours on both sides. A parabola through the three gives every width's optimum, a line through
-the optima (in logarithms) the rule. The rule then names the rate of a width that it has not seen,
-which is tried beside half and twice that rate.
+the optima (in logarithms) the rule. Without the widest models it predicts their best rate, and the
+parabola says what that would have cost.
 
 Results are added to `results.json` beside this file as they come; what is there is not run again.
 README.md says what was found.
@@ -34,7 +34,6 @@ HERE = Path(__file__).parent
 ARMS: dict[str, WeightQuantizer] = {"ternary": "ternary", "full precision": "float"}
 FIRST = {"ternary": 8e-3, "full precision": 4e-3}  # the rate that a search begins with
 SEEDS = {32: 2, 64: 2, 128: 1}  # narrow models cost little
-TESTED = 192  # the width that the rule is tested on
 STEPS, SEQUENCES, SEQ_LEN = 500, 8, 128
 VALID_ROWS = 256  # of SEQ_LEN bytes each
 
@@ -100,41 +99,44 @@ def _comparable(loss: float | None) -> float:
     return math.inf if loss is None else loss
 
 
-def optimum(losses: dict[float, float | None]) -> float | None:
-    """The rate at the lowest point of the parabola, in log2 of the rate, through the best rate and
-    its two neighbours; the best itself if one of these diverged; None if it has not both."""
+def parabola(losses: dict[float, float | None]) -> np.ndarray | None:
+    """Coefficients of the parabola, in log2 of the rate, through the best rate and its two
+    neighbours; None if it has not both.
+
+    Raises:
+        ValueError: one of these diverged.
+    """
     rates = sorted(losses)
     finite = [_comparable(losses[rate]) for rate in rates]
     best = int(np.argmin(finite))
     if best in (0, len(rates) - 1):
         return None
     if not math.isfinite(finite[best - 1] + finite[best + 1]):
-        return rates[best]
-    x = np.log2(rates[best - 1 : best + 2])
-    a, b, _ = np.polyfit(x, finite[best - 1 : best + 2], 2)
-    return float(2 ** (-b / (2 * a)))
+        raise ValueError(f"a run beside the best rate {rates[best]} diverged")
+    return np.polyfit(np.log2(rates[best - 1 : best + 2]), finite[best - 1 : best + 2], 2)
 
 
-def search(results: Results, arm: str, width: int, seed: int) -> float:
-    """The best rate of one model: from the first rate on, by factors of 2 as the loss falls."""
+def search(results: Results, arm: str, width: int, seed: int) -> np.ndarray:
+    """The parabola of one model: from the first rate on, by factors of 2 as the loss falls."""
     losses: dict[float, float | None] = {}
     rate = FIRST[arm]
     while True:
         for factor in (0.5, 1, 2):
             losses[factor * rate] = results.get(arm, width, factor * rate, seed)["loss"]
-        best = optimum(losses)
-        if best is not None:
-            return best
+        found = parabola(losses)
+        if found is not None:
+            return found
         rate = min(losses, key=lambda r: _comparable(losses[r]))
 
 
 def optima(results: Results, arm: str) -> list[tuple[int, int, float]]:
     """Width, seed and best rate of every model of the sweep."""
-    return [
-        (width, seed, search(results, arm, width, seed))
-        for width, seeds in SEEDS.items()
-        for seed in range(seeds)
-    ]
+    found = []
+    for width, seeds in SEEDS.items():
+        for seed in range(seeds):
+            a, b, _ = search(results, arm, width, seed)
+            found.append((width, seed, float(2 ** (-b / (2 * a)))))
+    return found
 
 
 def rule(found: list[tuple[int, int, float]]) -> tuple[float, float, float]:
@@ -164,7 +166,7 @@ def plot(results: Results, rules: dict[str, tuple[float, float, float]], path: P
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for axis, arm in zip(axes, ARMS, strict=True):
-        for width in (*SEEDS, TESTED):
+        for width in SEEDS:
             by_rate: dict[float, list[float]] = {}
             for r in results.all:
                 if (r["arm"], r["width"]) == (arm, width) and r["loss"] is not None:
@@ -174,6 +176,7 @@ def plot(results: Results, rules: dict[str, tuple[float, float, float]], path: P
             at_128, power, _ = rules[arm]
             axis.axvline(at_128 * (128 / width) ** power, color=line.get_color(), linestyle=":")
         axis.set(xscale="log", title=arm, xlabel="learning rate (dotted: the rule)")
+        axis.set_xlim(8e-4, 8e-2)
     axes[0].set_ylabel("held-out loss, nats per byte")
     axes[1].legend(title="width")
     figure.tight_layout()
@@ -208,12 +211,15 @@ def main() -> None:
         for width, seed, best in found:
             print(f"  width {width}, seed {seed}: best rate {best:.3g}")
         print(table(results, arm, list(SEEDS)))
-    for arm, (at_128, power, _) in rules.items():
-        predicted = float(f"{at_128 * (128 / TESTED) ** power:.2g}")
-        for rate in (predicted / 2, predicted, 2 * predicted):
-            results.get(arm, TESTED, rate, 0)
-        print(f"\n{arm}, width {TESTED}, predicted rate {predicted:.2g}")
-        print(table(results, arm, [TESTED]))
+        widest = max(SEEDS)
+        at_128, power, _ = rule([f for f in found if f[0] != widest])
+        predicted = at_128 * (128 / widest) ** power
+        a, b, _ = search(results, arm, widest, 0)
+        cost = a * (math.log2(predicted) + b / (2 * a)) ** 2
+        print(
+            f"without {widest}: power {power:.2f}, {predicted:.2e} at {widest}, where that costs "
+            f"{cost:.4f} nats more than the best rate"
+        )
     plot(results, rules, HERE / "rates.png")
     print(f"\n{sum(r['cpu_seconds'] for r in results.all) / 60:.1f} core-minutes")
 

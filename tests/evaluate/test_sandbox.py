@@ -115,6 +115,17 @@ s.connect(('127.0.0.1', {port}))
         assert not run_program(program).passed
         with pytest.raises(TimeoutError):
             server.accept()
+    denied = """
+import ctypes  # which the sandbox has imported: no file is needed
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.socket(2, 1, 0) == -1
+assert ctypes.get_errno() == 1, ctypes.get_errno()
+"""
+    assert run_program(denied) == Outcome(True)
+
+
+def test_its_directory_is_its_own():
+    assert run_program("import os; assert '/bitjax-' in os.getcwd(), os.getcwd()") == Outcome(True)
 
 
 def test_a_system_without_filters(monkeypatch, tmp_path):

@@ -78,8 +78,8 @@ def requests():
 @pytest.fixture(scope="module", params=["float", "ternary", "packed"])
 def model(request):
     if request.param == "float":
-        return tiny_model(num_layers=2, weights="float", activations="float")
-    model = tiny_model(num_layers=2)
+        return tiny_model(num_layers=1, weights="float", activations="float")
+    model = tiny_model(num_layers=1)
     return pack_model(model) if request.param == "packed" else model
 
 
@@ -95,14 +95,11 @@ def test_scores_are_those_of_separate_rows(model):
     assert together.tokens < 0.7 * apart.tokens
 
 
-def test_a_row_holds_no_more_than_the_context(model):
+def test_a_row_holds_no_more_than_the_context():
     """48 tokens: of four endings of 12 behind 20 two fit a row."""
     (context,) = words(20)
-    asked = [Request(np.concatenate([context, e]), 12) for e in words(12, 12, 12, 12)]
-    scorer = RequestScorer(model, batch_tokens=96)
-    scorer.score(asked)
-    assert max(length for _, length in scorer.shapes) <= 48
-    assert scorer.tokens == 2 * (20 + 2 * 11)
+    asked = [(np.concatenate([context, ending[:-1]]), [0]) for ending in words(12, 12, 12, 12)]
+    assert [row.length for row in shared_rows(asked, 48)] == 2 * [20 + 2 * 11]
 
 
 @pytest.mark.parametrize("token", [-1, 256])

@@ -1,7 +1,5 @@
-"""Stochastic rounding in training: what is drawn when, and that a resumed run draws the same."""
-
-import os
-import signal
+"""Stochastic rounding in training: what is drawn when. That a resumed run draws the same is seen in
+tests/train/test_loop.py, whose runs draw."""
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +8,9 @@ import pytest
 from flax import nnx
 from tiny import tiny_config
 
-from bitjax.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from bitjax.config import OptimizerConfig, RunConfig, TrainConfig
 from bitjax.model import bit_linears
-from bitjax.train import Batch, Interrupted, Trainer, train
+from bitjax.train import Batch, Trainer
 from bitjax.train.step import FINISHED, Quantizing
 
 BATCH = Batch(np.random.default_rng(0).integers(0, 256, (4, 9)).astype(np.int32))
@@ -105,23 +103,6 @@ def test_a_layers_outputs_average_to_those_of_its_clipped_weights(both, params):
     f = np.abs(w / scale) % 1
     spread = np.sqrt(x**2 @ (f * (1 - f)).T * scale**2 / n)
     np.testing.assert_array_less(np.abs(found.mean(axis=0) - x @ w.T), 5 * spread)
-
-
-def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_bytes(bytes(np.random.default_rng(0).integers(97, 110, 4000, dtype=np.uint8)))
-    run = config("both", accumulate=2, seq_len=16)
-    run = RunConfig(run.model, DataConfig(text=str(path)), run.optimizer, run.train)
-
-    def interrupt(report):
-        if report.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(Interrupted, match="stopped after step 3"):
-        train(run, tmp_path / "broken", interrupt)
-    resumed, unbroken = train(run, tmp_path / "broken"), train(run, tmp_path / "whole")
-    for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(unbroken), strict=True):
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 @pytest.mark.parametrize(

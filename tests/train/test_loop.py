@@ -23,7 +23,13 @@ def config(tmp_path):
         data=DataConfig(text=str(path)),
         optimizer=OptimizerConfig(warmup_steps=2),
         train=TrainConfig(
-            steps=12, batch_size=2, seq_len=8, log_every=1, eval_every=6, checkpoint_every=4
+            steps=12,
+            batch_size=2,
+            seq_len=8,
+            log_every=1,
+            eval_every=6,
+            checkpoint_every=4,
+            stochastic_rounding="both",
         ),
     )
 
