@@ -155,11 +155,11 @@ def sample(
                drawn, logprobs, top_tokens, top_logprobs)  # fmt: skip
     about: list[TokenLogprob | None] = []
     for i, draw in enumerate(draws):
-        wanted = draw.sampling.logprobs
-        if wanted is None or drawn[i] < 0:
+        asked = draw.sampling.logprobs
+        if asked is None or drawn[i] < 0:
             about.append(None)
             continue
-        pairs = zip(top_tokens[i, :wanted].tolist(), top_logprobs[i, :wanted].tolist(), strict=True)
+        pairs = zip(top_tokens[i, :asked].tolist(), top_logprobs[i, :asked].tolist(), strict=True)
         top = tuple(pair for pair in pairs if pair[0] >= 0)
         about.append(TokenLogprob(int(drawn[i]), float(logprobs[i]), top))
     return drawn, about
