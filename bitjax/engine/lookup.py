@@ -31,4 +31,10 @@ class Lookup:
             self._after[tuple(tokens[end - GRAM : end])] = end
         self._known = len(tokens)
         start = self._after.get(tuple(tokens[-GRAM:]))
-        return [] if start is None else tokens[start : start + most]
+        period = len(tokens) - (start or 0)
+        if start is None:
+            return []
+        guess: list[int] = []
+        for _ in range(most):  # beyond the end the guess itself goes on: a short period repeats
+            guess.append(guess[-period] if len(guess) >= period else tokens[start + len(guess)])
+        return guess

@@ -32,10 +32,12 @@ class Edits:
         self._tokens = np.zeros(8, np.int32)
         self._values = np.zeros((8, 3), np.float32)  # seen, count, bias
         for token, bias in sampling.logit_bias.items():
-            self._values[self._place(token), 2] = bias
+            place = self._place(token)
+            self._values[place, 2] = bias
         if self.repeats:
             for token in prompt:
-                self._values[self._place(token), 0] = 1
+                place = self._place(token)
+                self._values[place, 0] = 1
 
     def add(self, token: int) -> None:
         """A token was generated."""

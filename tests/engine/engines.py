@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 
 import jax
@@ -16,6 +17,7 @@ CONTEXT = 192  # three pages
 FORMS = ("int4", "screened", "bfloat16", "float32", "float", "own norms", "float activations")
 
 
+@functools.cache
 def model_of(form):
     """A tiny model of some form: the format of its head, or of its layers."""
     settings = {"head_dim": 16, "max_seq_len": CONTEXT, "tie_embeddings": False, "seed": 3}
@@ -94,4 +96,5 @@ def what(completion):
 
 def full_logits(model, tokens):
     """Logits of every position by the model without a cache."""
-    return np.asarray(jax.jit(model)(np.asarray([tokens], np.int32)))[0]
+    padded = tokens + [0] * (CONTEXT - len(tokens))  # causal: what follows is not read
+    return np.asarray(jax.jit(model)(np.asarray([padded], np.int32)))[0]
