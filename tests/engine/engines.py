@@ -45,8 +45,8 @@ def rescheduled(engine, spare=None, **changes):
     sizes = dataclasses.replace(scheduler.config, **changes)
     engine.config = scheduler.config = sizes
     scheduler._tables = before[1][: sizes.max_sequences]
-    store.sharing = sizes.sharing
     forget(store)
+    store.sharing = sizes.sharing
     taken = [store.take() for _ in range(store.available - spare)] if spare else []
     try:
         yield engine
