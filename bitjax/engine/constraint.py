@@ -9,6 +9,7 @@ The library is touched when the first constraint is, and comes with the extra `c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -101,15 +102,17 @@ class Constraints:
             raise ValueError(
                 "constraints need the package llguidance: pip install 'bitjax[constraints]'"
             ) from None
-        make = {
+        make: dict[str, Callable[[str], str]] = {
             "json_schema": llguidance.LLMatcher.grammar_from_json_schema,
             "regex": llguidance.LLMatcher.grammar_from_regex,
             "lark": llguidance.LLMatcher.grammar_from_lark,
-        }[constraint.kind]
+        }
         if self._known is None:
             self._known = self._tokens()
         try:
-            matcher = llguidance.LLMatcher(self._known, make(constraint.text), log_level=0)
+            matcher = llguidance.LLMatcher(
+                self._known, make[constraint.kind](constraint.text), log_level=0
+            )
         except ValueError as error:
             raise ValueError(f"the {constraint.kind} cannot be compiled: {error}") from None
         if matcher.is_error():

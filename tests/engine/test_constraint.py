@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from engines import engine_of, model_of
-from texts import bpe_tokenizer
+from texts import small_tokenizer
 
 from bitjax.engine import Constraint, Request, Sampling
 from bitjax.engine.constraint import MAX_CONSTRAINT, Constraints
@@ -121,7 +121,7 @@ def test_without_the_package(monkeypatch):
 
 def test_tokens_of_several_characters():
     """A text tokenizer: exactly the tokens whose text can go on are allowed, and ends of texts."""
-    tokenizer = bpe_tokenizer()
+    tokenizer = small_tokenizer()
     vocab = tokenizer.vocab_size + 5  # the model has some more, which are never allowed
     matcher = Constraints(tokenizer, vocab).matcher(Constraint("regex", "(the )*x"))
     pattern = re.compile(b"(the )*x")
