@@ -297,6 +297,8 @@ class Engine:
         right = max(0, len(kept) - 1)  # those run behind their guess
         self._store.extend(sequence.pages, sequence.done, kept[:right])
         sequence.done += right
+        if sequence.lookup is not None:
+            sequence.lookup.learn(len(guesses), right)
         sequence.guessed += len(guesses)
         sequence.accepted += right
         about = tuple(lp for lp in logprobs[: len(kept)] if lp is not None)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from bitjax.engine.lookup import GRAM, Lookup
+from bitjax.engine.lookup import GRAM, TRIED, Lookup, pays
 
 
 def oracle(tokens, most):
@@ -35,3 +35,20 @@ def test_a_short_text_has_no_guess():
     assert Lookup().guess([1] * GRAM, 4) == []
     assert Lookup().guess([1] * (GRAM + 1), 4) == [1] * 4
     assert Lookup().guess([1] * 9, 0) == []
+
+
+def test_guessing_stops_where_it_does_not_pay():
+    lookup = Lookup()
+    assert lookup.worth(1)
+    assert not lookup.worth(8)  # half of the guesses right, and two thirds would be needed
+    for _ in range(20):
+        lookup.learn(4, 0)
+    assert [lookup.worth(1) for _ in range(2 * TRIED)].count(True) == 2
+    for _ in range(20):
+        lookup.learn(4, 4)
+    assert lookup.worth(8)
+    assert lookup.right == pytest.approx(1, abs=0.2)
+
+
+def test_what_pays():
+    assert [round(pays(rows), 2) for rows in (1, 2, 4, 8)] == [0.2, 0.33, 0.5, 0.67]
