@@ -13,6 +13,8 @@
 //     norms f32        [V]         of a table's row or the screen's, whichever is longer
 //     ranks s32        [M]         how many of the largest logits shall be exact, in 1..V; a row of
 //                                  rank -1 is not wanted: its logits are left as they are
+//     allowed u32      [M, ceil(V / 32)]  a bit for each token that ranks count, the lowest first; the others
+//                                  keep their approximation. [0, 0]: all
 //     -> logits f32 [M, V], computed s32 [M]: how many of them are exact
 //
 // E = 32 ceil(D / 31): groups of 31 inputs of x, and after each minus their product with the dither
@@ -163,6 +165,12 @@ struct Call {
   const float* spreads;
   const float* norms;
   float* logits;
+  const uint32_t* allowed;  // or null
+
+  bool counts(int64_t m, int64_t v) const {
+    if (allowed == nullptr) return true;
+    return (allowed[m * ((s.V + 31) / 32) + v / 32] >> (v % 32) & 1U) != 0;
+  }
 
   float exact(int64_t m, int64_t v) const {
     return kernel.dot_bf16(x + m * s.D, table + v * s.D, s.D);
@@ -183,7 +191,7 @@ struct Call {
       }
       if (above == 0) continue;
       for (int64_t v = begin; v < end; ++v)
-        if (sum[v] > largest->threshold()) largest->add({sum[v], static_cast<int32_t>(v)});
+        if (sum[v] > largest->threshold() && counts(m, v)) largest->add({sum[v], static_cast<int32_t>(v)});
     }
     largest->drop();
   }
@@ -203,7 +211,7 @@ struct Call {
       int any = 0;
       for (int64_t v = begin; v < end; ++v) any |= below(v) ? 0 : 1;
       for (int64_t v = begin; any != 0 && v < end; ++v)
-        if (!below(v)) reaching[count++] = static_cast<int32_t>(v);
+        if (!below(v) && counts(m, v)) reaching[count++] = static_cast<int32_t>(v);
     }
     for (int64_t i = 0; i < std::min(count, kRowsAhead); ++i) prefetch(reaching[i]);
     for (int64_t i = 0; i < count; ++i) {
@@ -315,7 +323,8 @@ constexpr char kScreenedLogits[] = "bitjax_screened_logits";
 ffi::Error screened_logits(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer parts,
                            ffi::AnyBuffer approximate, ffi::AnyBuffer table, ffi::AnyBuffer dither,
                            ffi::AnyBuffer scale, ffi::AnyBuffer spreads, ffi::AnyBuffer norms,
-                           ffi::AnyBuffer ranks, ffi::Result<ffi::AnyBuffer> logits,
+                           ffi::AnyBuffer ranks, ffi::AnyBuffer allowed,
+                           ffi::Result<ffi::AnyBuffer> logits,
                            ffi::Result<ffi::AnyBuffer> computed) {
   return guarded(kScreenedLogits, [&] {
     for (const auto& [buffer, what] :
@@ -325,15 +334,20 @@ ffi::Error screened_logits(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
       require_type(buffer, ffi::DataType::F32, what);
     require_type(table, ffi::DataType::BF16, "table");
     require_type(ranks, ffi::DataType::S32, "ranks");
+    require_type(allowed, ffi::DataType::U32, "allowed");
     require_type(*computed, ffi::DataType::S32, "computed");
     const Shape shape =
         shape_of(x.dimensions(), parts.dimensions(), approximate.dimensions(), table.dimensions(),
                  dither.dimensions(), scale.dimensions(), spreads.dimensions(), norms.dimensions(),
                  ranks.dimensions(), logits->dimensions(), computed->dimensions());
+    const Dims mask = allowed.dimensions();
+    const bool all = allowed.element_count() == 0;
+    if (!all && (mask.size() != 2 || mask[0] != shape.M || mask[1] != (shape.V + 31) / 32))
+      throw wrong("allowed", "[M, ceil(V / 32)] or [0, 0]", text(mask));
     run(pool,
         Call{shape, active_kernel(), data<float>(x), data<float>(parts), data<float>(approximate),
              data<uint16_t>(table), data<float>(dither), data<float>(scale), data<float>(spreads),
-             data<float>(norms), data<float>(*logits)},
+             data<float>(norms), data<float>(*logits), all ? nullptr : data<uint32_t>(allowed)},
         data<int32_t>(ranks), data<int32_t>(*computed));
   });
 }
@@ -352,6 +366,7 @@ XLA_FFI_DEFINE_HANDLER(screened_logits_handler, screened_logits,
                            .Arg<ffi::AnyBuffer>()    // spreads
                            .Arg<ffi::AnyBuffer>()    // norms
                            .Arg<ffi::AnyBuffer>()    // ranks
+                           .Arg<ffi::AnyBuffer>()    // allowed
                            .Ret<ffi::AnyBuffer>()    // logits
                            .Ret<ffi::AnyBuffer>());  // computed
 

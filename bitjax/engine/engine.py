@@ -233,8 +233,9 @@ class Engine:
         logprobs: list[TokenLogprob | None] = []
         if draws:
             ranks = [ranks_for(draw, self.vocab_size) for draw in draws]
+            masks = {i: draw.mask for i, draw in enumerate(draws) if draw.mask is not None}
             logits = self._runner.logits(
-                hidden, np.array(wanted, np.int32), np.array(ranks, np.int32)
+                hidden, np.array(wanted, np.int32), np.array(ranks, np.int32), masks
             )
             found, logprobs = sample(logits, draws)
             drawn = found.tolist()

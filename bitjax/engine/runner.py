@@ -48,6 +48,7 @@ class Runner:
         self._run = Program(functools.partial(_run, tree), donate=1)
         self._head = Program(functools.partial(_head, tree))
         self._copy = Program(_copy, donate=0)
+        self._screened = model.screen is not None
         self._compiled: dict[Any, Callable[..., Any]] = {}
         make = Program(lambda: model.empty_cache(pages, PAGE, cache_dtype))
         self._cache: Cache = make()
@@ -78,19 +79,33 @@ class Runner:
         hidden_RxD, self._cache = self._compiled[key](*operands)
         return hidden_RxD
 
-    def logits(self, hidden_RxD: jax.Array, rows: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    def logits(
+        self,
+        hidden_RxD: jax.Array,
+        rows: np.ndarray,
+        ranks: np.ndarray,
+        masks: dict[int, np.ndarray] | None = None,
+    ) -> np.ndarray:
         """Float32 logits `[at least rows, V]` of some rows of hidden states.
 
         Args:
             hidden_RxD: of `run`.
             rows: int32, which.
             ranks: int32, how many of the largest logits of each shall be exact.
+            masks: uint32 bits of the only tokens that matter, by number in `rows`.
         """
         count = len(rows)
         wanted_2xS = np.zeros((2, bucket(count)), np.int32)
         wanted_2xS[0, :count], wanted_2xS[1, :count] = rows, ranks
-        operands = self.leaves, hidden_RxD, wanted_2xS, np.array([count], np.int32)
-        key = "head", hidden_RxD.shape[0], wanted_2xS.shape[1]
+        allowed_SxW = None
+        if masks and self._screened:
+            words = len(next(iter(masks.values())))
+            allowed_SxW = np.full((wanted_2xS.shape[1], words), 0xFFFFFFFF, np.uint32)
+            for row, mask in masks.items():
+                allowed_SxW[row] = mask
+        count_1 = np.array([count], np.int32)
+        operands = self.leaves, hidden_RxD, wanted_2xS, count_1, allowed_SxW
+        key = "head", hidden_RxD.shape[0], wanted_2xS.shape[1], allowed_SxW is None
         if key not in self._compiled:
             self._compiled[key] = self._head.compiled(*operands)
         return np.asarray(self._compiled[key](*operands))
@@ -131,10 +146,16 @@ def _run(
 
 
 def _head(
-    tree: Any, leaves: list[Any], hidden_RxD: jax.Array, wanted_2xS: jax.Array, count_1: jax.Array
+    tree: Any,
+    leaves: list[Any],
+    hidden_RxD: jax.Array,
+    wanted_2xS: jax.Array,
+    count_1: jax.Array,
+    allowed_SxW: jax.Array | None,
 ) -> jax.Array:
     model: Transformer = nnx.merge(*jax.tree.unflatten(tree, leaves))
-    return model.logits_of_rows(hidden_RxD[wanted_2xS[0]], wanted_2xS[1], count_1)
+    hidden_SxD = hidden_RxD[wanted_2xS[0]]
+    return model.logits_of_rows(hidden_SxD, wanted_2xS[1], count_1, allowed_SxW)
 
 
 def _copy(cache: Cache, pages_2: jax.Array) -> Cache:

@@ -112,7 +112,9 @@ def ranks_for(draw: Draw, vocab: int) -> int:
             or bool((draw.edits[1][:, 2] > 0).any())
         )
         ranks = vocab if lifts else ranks + len(draw.edits[0])
-    return min(vocab if draw.mask is not None else ranks, vocab)
+    if draw.mask is not None and s.logprobs is not None:
+        ranks = vocab  # which counts what is allowed alone; the likeliest need not be
+    return min(ranks, vocab)
 
 
 def sample(

@@ -162,7 +162,11 @@ class Transformer(nnx.Module):
         return normed_RxD, tuple(updated)
 
     def logits_of_rows(
-        self, hidden_RxD: jax.Array, ranks_R: jax.Array, count_1: jax.Array
+        self,
+        hidden_RxD: jax.Array,
+        ranks_R: jax.Array,
+        count_1: jax.Array,
+        allowed_RxW: jax.Array | None = None,
     ) -> jax.Array:
         """`next_logits`, each row as if it were alone; of the first `count` rows.
 
@@ -170,13 +174,15 @@ class Transformer(nnx.Module):
             hidden_RxD: final hidden states.
             ranks_R: int32, how many of the largest logits shall be exact.
             count_1: int32 `[1]`.
+            allowed_RxW: uint32 bits of the tokens that ranks count; None is all.
         """
         table_VxD = (self.embedding if self.head is None else self.head).get_value()
         if self.screen is not None:
             screen: Screen = self.screen.get_value()
             return ops.screened_logits(
-                hidden_RxD, table_VxD, screen, ranks_R, impl=self.impl, rows=count_1
-            )[0]
+                hidden_RxD, table_VxD, screen, ranks_R, impl=self.impl, rows=count_1,
+                allowed=allowed_RxW,
+            )[0]  # fmt: skip
         if isinstance(table_VxD, PackedWeights):
             wide_RxD = hidden_RxD.astype(jnp.float32)
             return ops.packed_matmul(wide_RxD, table_VxD, rows=count_1, impl=self.impl)

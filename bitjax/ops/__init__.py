@@ -153,6 +153,7 @@ def screened_logits(
     ranks: jax.Array,
     impl: Impl = "auto",
     rows: jax.Array | None = None,
+    allowed: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Logits `x @ table.T` of which the largest are exact, mostly at the price of the screen.
 
@@ -172,6 +173,8 @@ def screened_logits(
         impl: which implementation, see the module's docstring.
         rows: int32 `[1]`, for x `[R, D]`: only so many rows are wanted, and each is computed as if
             it were the only one, whatever R is (which else decides in how many parts x is taken).
+        allowed: with rows, uint32 `[R, ceil(V / 32)]`: ranks count the tokens alone whose bits,
+            the lowest first, are set; what else the result has of the others means little.
 
     Returns:
         float32 `[..., V]`, and int32 `[...]`: how many of them are exact.
@@ -192,7 +195,9 @@ def screened_logits(
             "and the same leading dimensions"
         )
     if rows is not None and (impl == "ffi" or (impl == "auto" and ffi.available())):
-        return _screened_rows(x, table_VxD, screen, ranks, rows)
+        return _screened_rows(x, table_VxD, screen, ranks, rows, allowed)
+    if allowed is not None:
+        ranks = jnp.full_like(ranks, V)  # the allowed ones among them
     # Few rows wait for memory, so a second part costs nothing and halves the bound; many do not.
     parts_of_x = 2 if math.prod(x.shape[:-1]) <= TWO_PART_ROWS else 1
     parts = reference.int8_parts(screen.expand(x.astype(jnp.float32)), parts_of_x)
@@ -208,13 +213,18 @@ def screened_logits(
 
 
 def _screened_rows(
-    x_RxD: jax.Array, table_VxD: jax.Array, screen: Screen, ranks_R: jax.Array, rows_1: jax.Array
+    x_RxD: jax.Array,
+    table_VxD: jax.Array,
+    screen: Screen,
+    ranks_R: jax.Array,
+    rows_1: jax.Array,
+    allowed_RxW: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     parts = ffi.screen_parts(x_RxD, screen, rows_1)
     approximate = ffi.packed_matmul(parts, screen.weights, rows=rows_1)
     wanted_R = jnp.arange(len(x_RxD)) < rows_1
     ranks_R = jnp.where(wanted_R, jnp.maximum(ranks_R, 1), -1)
-    return ffi.screened_logits(x_RxD, parts, approximate, table_VxD, screen, ranks_R)
+    return ffi.screened_logits(x_RxD, parts, approximate, table_VxD, screen, ranks_R, allowed_RxW)
 
 
 def attention_fits(head_dim: int) -> bool:

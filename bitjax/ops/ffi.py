@@ -217,8 +217,11 @@ def screened_logits(
     table_VxD: jax.Array,
     screen: Screen,
     ranks: jax.Array,
+    allowed: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`bitjax.ops.reference.screened_logits` that reads only the rows of the table it needs.
+
+    With `allowed`, uint32 `[rows, ceil(V / 32)]`, ranks count the tokens alone whose bits are set.
 
     Raises:
       ValueError: when the program runs, shapes or dtypes that do not fit.
@@ -239,6 +242,7 @@ def screened_logits(
         x.astype(jnp.float32).reshape(rows, D), parts.reshape(rows, *parts.shape[-2:]),
         approximate.reshape(rows, P, V), table_VxD, screen.dither, screen.weights.scale,
         screen.spreads, screen.norms, ranks.reshape(rows),
+        jnp.zeros((0, 0), jnp.uint32) if allowed is None else allowed,
     )  # fmt: skip
     return logits.reshape(*lead, V), computed.reshape(lead)
 

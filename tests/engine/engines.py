@@ -94,6 +94,22 @@ def what(completion):
     return completion.id, completion.choices, completion.usage.prompt_tokens, completion.error
 
 
+@contextlib.contextmanager
+def watched_logits(engine):
+    """Every last row of logits."""
+    seen, original = [], engine._runner.logits
+
+    def logits(*operands):
+        seen.append(original(*operands)[0].copy())
+        return seen[-1][None]
+
+    engine._runner.logits = logits
+    try:
+        yield seen
+    finally:
+        del engine._runner.logits
+
+
 def full_logits(model, tokens):
     """Logits of every position by the model without a cache."""
     padded = tokens + [0] * (CONTEXT - len(tokens))  # causal: what follows is not read

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from engines import engine_of, model_of
+from engines import engine_of, model_of, watched_logits
 from texts import small_tokenizer
 
 from bitjax.engine import Constraint, Request, Sampling
@@ -77,12 +77,17 @@ def test_a_screened_head_is_exact_for_what_is_allowed():
     """The two allowed tokens need not be among the likeliest of all."""
     model = model_of("screened")
     engine = engine_of("screened", max_sequences=2)
-    sampling = Sampling(temperature=0, max_new_tokens=1, constraint=Constraint("regex", "[xy]"),
-                        logprobs=0)  # fmt: skip
     logits = np.asarray(model(np.array([list(b"abc")], np.int32)))[0, -1]
-    wanted = "x" if logits[ord("x")] > logits[ord("y")] else "y"
-    (done,) = engine.generate([Request("r", "abc", sampling)])
-    assert done.choices[0].text == wanted
+    for x, y in ("xy", "ab", "qz", "05", "?!"):
+        constraint = Constraint("regex", f"[{x}{y}]")
+        sampling = Sampling(temperature=0, max_new_tokens=1, constraint=constraint)
+        with watched_logits(engine) as seen:
+            (done,) = engine.generate([Request("r", "abc", sampling)])
+        assert done.choices[0].text == (x if logits[ord(x)] > logits[ord(y)] else y)
+        best = max(logits[ord(x)], logits[ord(y)])
+        assert seen[-1].max(where=[chr(i) in (x, y) for i in range(256)], initial=-1e9) == (
+            pytest.approx(best, abs=1e-3)
+        )
 
 
 @pytest.mark.parametrize(
