@@ -90,6 +90,16 @@ def test_pages_give_the_bits_of_one_piece(lengths, starts, cache_dtype):
         first += length
 
 
+@pytest.mark.parametrize("name", ffi.kernels() if ffi.available() else ())
+@pytest.mark.parametrize("cache_dtype", [F32, BF16, INT8])
+def test_pages_give_the_bits_of_one_piece_on_every_kernel(name, cache_dtype):
+    ffi.force_kernel(name)
+    try:
+        test_pages_give_the_bits_of_one_piece([5, 1, 130], [60, 1100, 0], cache_dtype)
+    finally:
+        ffi.force_kernel(None)
+
+
 @pytest.mark.parametrize("cache_dtype", [F32, INT8])
 def test_pages_of_the_reference(cache_dtype):
     qkv, where, store, _ = paged([5, 1, 3], [60, 90, 0], cache_dtype, blocks=3)
