@@ -32,6 +32,7 @@ inline std::string text(ffi::DataType type) {
     case ffi::DataType::S8: return "s8";
     case ffi::DataType::U8: return "u8";
     case ffi::DataType::S32: return "s32";
+    case ffi::DataType::U32: return "u32";
     default: return "type " + std::to_string(static_cast<int>(type));
   }
 }

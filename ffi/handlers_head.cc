@@ -11,7 +11,10 @@
 //     scale f32        [V]         of the screen's rows; 15 times it is a row's largest step
 //     spreads f32      [V]         fourth root of the sum of a row's steps to the fourth
 //     norms f32        [V]         of a table's row or the screen's, whichever is longer
-//     ranks s32        [M]         how many of the largest logits shall be exact, in 1..V
+//     ranks s32        [M]         how many of the largest logits shall be exact, in 1..V; a row of
+//                                  rank -1 is not wanted: its logits are left as they are
+//     allowed u32      [M, ceil(V / 32)]  a bit for each token that ranks count, the lowest first; the others
+//                                  keep their approximation. [0, 0]: all
 //     -> logits f32 [M, V], computed s32 [M]: how many of them are exact
 //
 // E = 32 ceil(D / 31): groups of 31 inputs of x, and after each minus their product with the dither
@@ -34,6 +37,7 @@
 #include <memory>
 #include <vector>
 
+#include "candidates.h"
 #include "dispatch.h"
 #include "handler_common.h"
 #include "handlers.h"
@@ -68,6 +72,8 @@ constexpr int64_t kBlockTokens = 64;
 // of where the next row begins.
 constexpr int64_t kRowsAhead = 2;
 constexpr int64_t kLineValues = 32;  // of bfloat16, in a cache line
+
+constexpr int32_t kUnwanted = -1;
 
 struct Shape {
   int64_t M, D, V, P;
@@ -147,41 +153,6 @@ Bound bound_of(const float* x, const float* parts, const float* dither, const Sh
           std::isfinite(squares)};
 }
 
-struct Candidate {
-  float value;
-  int32_t token;
-  bool operator>(const Candidate& other) const { return value > other.value; }
-};
-
-// The largest of a stream of values, in linear time: twice as many are held before half is dropped.
-class Largest {
- public:
-  Largest(Candidate* room, int64_t count) : held_(room), count_(count) {}
-  static int64_t room(int64_t count) { return 2 * count; }
-
-  float threshold() const { return threshold_; }
-  int64_t size() const { return size_; }
-
-  void add(Candidate candidate) {
-    held_[size_++] = candidate;
-    if (size_ == room(count_)) drop();
-  }
-
-  // Leaves the largest in front.
-  void drop() {
-    if (size_ <= count_) return;
-    std::nth_element(held_, held_ + count_ - 1, held_ + size_, std::greater<Candidate>());
-    threshold_ = held_[count_ - 1].value;
-    size_ = count_;
-  }
-
- private:
-  Candidate* held_;
-  int64_t count_;
-  int64_t size_ = 0;
-  float threshold_ = -std::numeric_limits<float>::infinity();
-};
-
 struct Call {
   const Shape& s;
   const Kernel& kernel;
@@ -194,6 +165,12 @@ struct Call {
   const float* spreads;
   const float* norms;
   float* logits;
+  const uint32_t* allowed;  // or null
+
+  bool counts(int64_t m, int64_t v) const {
+    if (allowed == nullptr) return true;
+    return (allowed[m * ((s.V + 31) / 32) + v / 32] >> (v % 32) & 1U) != 0;
+  }
 
   float exact(int64_t m, int64_t v) const {
     return kernel.dot_bf16(x + m * s.D, table + v * s.D, s.D);
@@ -214,7 +191,7 @@ struct Call {
       }
       if (above == 0) continue;
       for (int64_t v = begin; v < end; ++v)
-        if (sum[v] > largest->threshold()) largest->add({sum[v], static_cast<int32_t>(v)});
+        if (sum[v] > largest->threshold() && counts(m, v)) largest->add({sum[v], static_cast<int32_t>(v)});
     }
     largest->drop();
   }
@@ -234,7 +211,7 @@ struct Call {
       int any = 0;
       for (int64_t v = begin; v < end; ++v) any |= below(v) ? 0 : 1;
       for (int64_t v = begin; any != 0 && v < end; ++v)
-        if (!below(v)) reaching[count++] = static_cast<int32_t>(v);
+        if (!below(v) && counts(m, v)) reaching[count++] = static_cast<int32_t>(v);
     }
     for (int64_t i = 0; i < std::min(count, kRowsAhead); ++i) prefetch(reaching[i]);
     for (int64_t i = 0; i < count; ++i) {
@@ -260,6 +237,7 @@ void run(ffi::ThreadPool pool, const Call& call, const int32_t* ranks, int32_t* 
   int64_t most = 0;
   for (int64_t m = 0; m < s.M; ++m) {
     const auto i = static_cast<size_t>(m);
+    if (ranks[m] == kUnwanted) continue;
     bounds[i] = bound_of(call.x + m * s.D, call.parts + s.P * m * s.groups() * kGroupInputs,
                          call.dither, s);
     rank[i] = std::clamp<int64_t>(ranks[m], 1, s.V);
@@ -274,14 +252,18 @@ void run(ffi::ThreadPool pool, const Call& call, const int32_t* ranks, int32_t* 
       new Candidate[static_cast<size_t>(s.M * chunks * room)]);
   std::vector<int64_t> counts(static_cast<size_t>(s.M * chunks));
   parallel_for(pool, s.M * chunks, [&](int64_t number) {
+    if (ranks[number / chunks] == kUnwanted) return;
     const int64_t first = number % chunks * kChunkTokens;
-    Largest largest(&found[number * room], wanted_of_chunk);
+    // Of a row no more than it needs itself: another's rank changes nothing.
+    const int64_t own = 2 * rank[static_cast<size_t>(number / chunks)];
+    Largest largest(&found[number * room], std::min(own, wanted_of_chunk));
     call.join(number / chunks, first, std::min(s.V, first + kChunkTokens), &largest);
     counts[static_cast<size_t>(number)] = largest.size();
   });
   std::vector<std::vector<Candidate>> candidates(bounds.size());
   std::vector<std::pair<int64_t, int64_t>> work;  // row, first candidate
   for (int64_t m = 0; m < s.M; ++m) {
+    if (ranks[m] == kUnwanted) continue;
     const auto i = static_cast<size_t>(m);
     std::vector<Candidate>& all = candidates[i];
     for (int64_t number = m * chunks; number < (m + 1) * chunks; ++number)
@@ -305,6 +287,7 @@ void run(ffi::ThreadPool pool, const Call& call, const int32_t* ranks, int32_t* 
     }
   });
   for (size_t i = 0; i < bounds.size(); ++i) {
+    if (ranks[i] == kUnwanted) continue;
     std::vector<Candidate>& all = candidates[i];
     const auto nth = static_cast<size_t>(rank[i] - 1);
     threshold[i] = -std::numeric_limits<float>::infinity();
@@ -316,6 +299,7 @@ void run(ffi::ThreadPool pool, const Call& call, const int32_t* ranks, int32_t* 
 
   parallel_for(pool, s.M * chunks, [&](int64_t number) {
     const int64_t m = number / chunks;
+    if (ranks[m] == kUnwanted) return;
     const auto i = static_cast<size_t>(m);
     const int64_t first = number % chunks * kChunkTokens;
     const int64_t last = std::min(s.V, first + kChunkTokens);
@@ -339,7 +323,8 @@ constexpr char kScreenedLogits[] = "bitjax_screened_logits";
 ffi::Error screened_logits(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer parts,
                            ffi::AnyBuffer approximate, ffi::AnyBuffer table, ffi::AnyBuffer dither,
                            ffi::AnyBuffer scale, ffi::AnyBuffer spreads, ffi::AnyBuffer norms,
-                           ffi::AnyBuffer ranks, ffi::Result<ffi::AnyBuffer> logits,
+                           ffi::AnyBuffer ranks, ffi::AnyBuffer allowed,
+                           ffi::Result<ffi::AnyBuffer> logits,
                            ffi::Result<ffi::AnyBuffer> computed) {
   return guarded(kScreenedLogits, [&] {
     for (const auto& [buffer, what] :
@@ -349,15 +334,20 @@ ffi::Error screened_logits(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
       require_type(buffer, ffi::DataType::F32, what);
     require_type(table, ffi::DataType::BF16, "table");
     require_type(ranks, ffi::DataType::S32, "ranks");
+    require_type(allowed, ffi::DataType::U32, "allowed");
     require_type(*computed, ffi::DataType::S32, "computed");
     const Shape shape =
         shape_of(x.dimensions(), parts.dimensions(), approximate.dimensions(), table.dimensions(),
                  dither.dimensions(), scale.dimensions(), spreads.dimensions(), norms.dimensions(),
                  ranks.dimensions(), logits->dimensions(), computed->dimensions());
+    const Dims mask = allowed.dimensions();
+    const bool all = allowed.element_count() == 0;
+    if (!all && (mask.size() != 2 || mask[0] != shape.M || mask[1] != (shape.V + 31) / 32))
+      throw wrong("allowed", "[M, ceil(V / 32)] or [0, 0]", text(mask));
     run(pool,
         Call{shape, active_kernel(), data<float>(x), data<float>(parts), data<float>(approximate),
              data<uint16_t>(table), data<float>(dither), data<float>(scale), data<float>(spreads),
-             data<float>(norms), data<float>(*logits)},
+             data<float>(norms), data<float>(*logits), all ? nullptr : data<uint32_t>(allowed)},
         data<int32_t>(ranks), data<int32_t>(*computed));
   });
 }
@@ -376,6 +366,7 @@ XLA_FFI_DEFINE_HANDLER(screened_logits_handler, screened_logits,
                            .Arg<ffi::AnyBuffer>()    // spreads
                            .Arg<ffi::AnyBuffer>()    // norms
                            .Arg<ffi::AnyBuffer>()    // ranks
+                           .Arg<ffi::AnyBuffer>()    // allowed
                            .Ret<ffi::AnyBuffer>()    // logits
                            .Ret<ffi::AnyBuffer>());  // computed
 

@@ -11,6 +11,7 @@ the code (`x_BxTxD`):
 
 from bitjax.config.corpus import TOKENIZER_VOCAB_SIZE, CorpusConfig, CorpusKind
 from bitjax.config.data import DataConfig
+from bitjax.config.engine import EngineConfig
 from bitjax.config.fields import from_dict, from_json, override, to_json
 from bitjax.config.mesh import MeshConfig
 from bitjax.config.model import (
@@ -28,7 +29,7 @@ from bitjax.config.train import WATCHING, Products, TrainAttention, TrainConfig
 
 __all__ = [
     "TOKENIZER_VOCAB_SIZE", "WATCHING", "ActivationQuantizer", "CacheDType", "CorpusConfig",
-    "CorpusKind", "DType", "DataConfig", "Group", "MeshConfig", "ModelConfig", "OptimizerConfig",
-    "Products", "RopeScaling", "RunConfig", "StudyConfig", "TrainAttention", "TrainConfig",
-    "WeightQuantizer", "from_dict", "from_json", "override", "to_json",
+    "CorpusKind", "DType", "DataConfig", "EngineConfig", "Group", "MeshConfig", "ModelConfig",
+    "OptimizerConfig", "Products", "RopeScaling", "RunConfig", "StudyConfig", "TrainAttention",
+    "TrainConfig", "WeightQuantizer", "from_dict", "from_json", "override", "to_json",
 ]  # fmt: skip

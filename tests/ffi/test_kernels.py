@@ -578,6 +578,7 @@ ALL = {
     "norm": jnp.zeros(0),
     "residual": jnp.zeros((2, 0)),
     "columns": jnp.zeros((0, 0, 0), jnp.uint8),
+    "rows": jnp.zeros(0, jnp.int32),
     "y": ((2, 20), np.float32),
     "layout": np.int64(0),
     "gate": np.int64(0),
@@ -658,6 +659,9 @@ def test_the_operands_of_the_error_tests_are_valid():
         ({"residual": jnp.ones((1, 20))}, r"residual: wanted \[2, 20\] .* got \[1, 20\]"),
         ({"residual": jnp.ones((1, 0))}, r"residual: wanted \[2, 0\] .* got \[1, 0\]"),
         ({"residual": jnp.ones(20)}, r"residual: wanted .* got \[20\]"),
+        # rows
+        ({"rows": jnp.zeros(1)}, "rows: wanted s32, got f32"),
+        ({"rows": jnp.zeros(2, jnp.int32)}, r"rows: wanted one number, .*, got \[2\]"),
         # columns
         ({"columns": jnp.zeros((0, 0, 0), jnp.int8)}, "columns: wanted u8, got s8"),
         ({"columns": jnp.zeros((1, 39, 64), jnp.uint8)}, r"columns: wanted \[1, 40, 64\]"),

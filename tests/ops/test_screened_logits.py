@@ -264,11 +264,11 @@ def test_misfits_are_refused():
         ops.screened_logits(x, table, screen, ranks, impl="fast")
 
 
-F, B, S = jnp.float32, jnp.bfloat16, jnp.int32
+F, B, S, U = jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint32
 OPERANDS = {
     "x": ((2, 33), F), "parts": ((2, 2, 64), F), "approximate": ((2, 2, 100), F),
     "table": ((100, 33), B), "dither": ((33,), F), "scale": ((100,), F), "spreads": ((100,), F),
-    "norms": ((100,), F), "ranks": ((2,), S),
+    "norms": ((100,), F), "ranks": ((2,), S), "allowed": ((2, 4), U),
 }  # fmt: skip
 
 
