@@ -15,6 +15,7 @@ LAYERS = [
     {"corpus"},
     {"model"},
     {"train", "infer", "evaluate"},
+    {"engine"},
     {"interop"},
     {"api", "recipe"},
     {"plots", "terminal"},

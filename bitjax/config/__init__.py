@@ -11,6 +11,7 @@ the code (`x_BxTxD`):
 
 from bitjax.config.corpus import TOKENIZER_VOCAB_SIZE, CorpusConfig, CorpusKind
 from bitjax.config.data import DataConfig
+from bitjax.config.engine import EngineConfig
 from bitjax.config.fields import from_dict, from_json, override, to_json
 from bitjax.config.mesh import MeshConfig
 from bitjax.config.model import (
@@ -27,7 +28,7 @@ from bitjax.config.train import WATCHING, TrainConfig
 
 __all__ = [
     "TOKENIZER_VOCAB_SIZE", "WATCHING", "ActivationQuantizer", "CacheDType", "CorpusConfig",
-    "CorpusKind", "DType", "DataConfig", "MeshConfig", "ModelConfig",
+    "CorpusKind", "DType", "DataConfig", "EngineConfig", "MeshConfig", "ModelConfig",
     "OptimizerConfig", "RopeScaling", "RunConfig", "TrainConfig", "WeightQuantizer", "from_dict",
     "from_json", "override", "to_json",
 ]  # fmt: skip
