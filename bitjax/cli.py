@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitjax import __version__
+from bitjax.cli_batch import add_batch_arguments, run_batch_command
 from bitjax.cli_corpus import add_corpus_commands
 from bitjax.cli_eval import add_eval_arguments, run_eval
 from bitjax.printable import printable
@@ -248,6 +249,15 @@ def _parser() -> argparse.ArgumentParser:
     model_argument(generate)
     generate.add_argument("--prompt", default="\n", help="text to continue (default: a new line)")
     sampling_arguments(generate, max_new_tokens=256)
+
+    batch = command(
+        "batch",
+        run_batch_command,
+        "answer a file of prompts",
+        "However it ends, the same command goes on: no line is answered twice.",
+    )
+    model_argument(batch)
+    add_batch_arguments(batch)
 
     chat = command(
         "chat",

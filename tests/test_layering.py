@@ -20,7 +20,9 @@ LAYERS = [
     {"api", "recipe"},
     {"plots", "terminal"},
     {"demo", "inspection", "conversion", "bench", "chat"},
-    {"cli_corpus", "evaluation", "evaluation_text", "harness"},
+    {"protocol"},
+    {"batch", "serve"},
+    {"cli_batch", "cli_corpus", "evaluation", "evaluation_text", "harness"},
     {"cli_eval"},
     {"cli"},
 ]

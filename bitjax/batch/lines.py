@@ -16,6 +16,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,7 +212,7 @@ class Source:
             name = self._field(column)
             if name in ("messages", "body") and isinstance(value, str):
                 value = _value(value)
-            found[name] = value if column in self.kept else _without_nulls(value)
+            found[name] = _json(value) if column in self.kept else _without_nulls(value)
         return Line(index, found)
 
 
@@ -282,6 +283,17 @@ def _value(cell: str) -> Any:
         return cell
 
 
+def _json(value: Any) -> Any:
+    """A value of a table as JSON can say it: NaN is null, dates and the like are texts."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, dict):
+        return {str(k): _json(v) for k, v in value.items()}
+    return [_json(v) for v in value] if isinstance(value, list | tuple) else str(value)
+
+
 def _without_nulls(value: Any) -> Any:
     """Objects without the fields that a table gives to all of them because some have them."""
     if isinstance(value, dict):
@@ -292,5 +304,3 @@ def _without_nulls(value: Any) -> Any:
 def _names(names: Collection[str], most: int = 10) -> str:
     shown = [repr(name)[:40] for name in names]
     return ", ".join(shown[:most]) + (" ..." if len(shown) > most else "") or "none"
-
-

@@ -48,9 +48,7 @@ def render(
     return found
 
 
-def render_all(
-    template: str, tasks: Sequence[Task], **variables: Any
-) -> list[str | ValueError]:
+def render_all(template: str, tasks: Sequence[Task], **variables: Any) -> list[str | ValueError]:
     """The texts of several conversations, by one process: (messages, answer) of each, see `render`.
 
     Returns:
@@ -85,7 +83,7 @@ def _task(template: str, tasks: Sequence[Task], variables: Mapping[str, Any]) ->
     task = {
         "template": template,
         "variables": [
-            {"messages": list(messages), "add_generation_prompt": answer} | variables
+            {"messages": list(messages), "add_generation_prompt": answer, **variables}
             for messages, answer in tasks
         ],
     }

@@ -9,6 +9,7 @@ the code (`x_BxTxD`):
     N rows (output features) and K columns (input features) of one linear layer
 """
 
+from bitjax.config.batch import BatchConfig, BatchOrder
 from bitjax.config.corpus import TOKENIZER_VOCAB_SIZE, CorpusConfig, CorpusKind
 from bitjax.config.data import DataConfig
 from bitjax.config.engine import EngineConfig
@@ -27,7 +28,8 @@ from bitjax.config.run import RunConfig
 from bitjax.config.train import WATCHING, TrainConfig
 
 __all__ = [
-    "TOKENIZER_VOCAB_SIZE", "WATCHING", "ActivationQuantizer", "CacheDType", "CorpusConfig",
+    "TOKENIZER_VOCAB_SIZE", "WATCHING", "ActivationQuantizer", "BatchConfig",
+    "BatchOrder", "CacheDType", "CorpusConfig",
     "CorpusKind", "DType", "DataConfig", "EngineConfig", "MeshConfig", "ModelConfig",
     "OptimizerConfig", "RopeScaling", "RunConfig", "TrainConfig", "WeightQuantizer", "from_dict",
     "from_json", "override", "to_json",

@@ -94,7 +94,7 @@ def test_csv(tmp_path):
 
 def test_bad_csv_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(lines, "MAX_LINE", 100)
-    raw = b'prompt,id\na,1\nb\n\nc,d,e\n\xff,2\n' + b"x" * 101 + b',3\n"a"b,4\nz,5\n"open,6\n'
+    raw = b"prompt,id\na,1\nb\n\nc,d,e\n\xff,2\n" + b"x" * 101 + b',3\n"a"b,4\nz,5\n"open,6\n'
     found = read(write(tmp_path / "a.csv", raw))
     assert [line.value for line in found if not line.error] == [
         {"prompt": "a", "id": "1"}, {"prompt": "z", "id": "5"},
