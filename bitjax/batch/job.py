@@ -162,17 +162,16 @@ class _Loop:
         self.engine = Engine(model, batch.engine)
         self.began = time.monotonic()
         self.before = results.done
-        self.errors = 0
+        self.errors = self.prompt_tokens = self.tokens = 0
         self._items: dict[int, Item] = {}
         self._found: dict[int, dict[int, Completion]] = {}
 
     def progress(self) -> Progress:
         seconds = time.monotonic() - self.began
         fresh, left = self.results.done - self.before, self.total - self.results.done
-        stats = self.engine.stats
         return Progress(
-            self.results.done, self.total, self.errors, stats.prompt_tokens,
-            stats.completion_tokens, seconds, left * seconds / fresh if fresh else None,
+            self.results.done, self.total, self.errors, self.prompt_tokens, self.tokens, seconds,
+            left * seconds / fresh if fresh else None,
         )  # fmt: skip
 
     def run(self, encoder: Encoder, state: tuple[int, int, int]) -> None:
@@ -231,8 +230,10 @@ class _Loop:
         """Run the engine once; returns the records that this completes."""
         records = {}
         for delta in self.engine.step():
+            self.tokens += len(delta.tokens)
             if delta.completion is None:
                 continue
+            self.prompt_tokens += delta.completion.usage.prompt_tokens
             index, _, part = delta.id.partition(".")
             if (item := self._items.get(int(index))) is None:
                 continue  # a prompt of a line that is wrong elsewhere
