@@ -16,6 +16,7 @@ from bitjax import __version__
 from bitjax.cli_batch import add_batch_arguments, run_batch_command
 from bitjax.cli_corpus import add_corpus_commands
 from bitjax.cli_eval import add_eval_arguments, run_eval
+from bitjax.cli_serve import add_serve_arguments, run_serve_command
 from bitjax.printable import printable
 
 if TYPE_CHECKING:
@@ -258,6 +259,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     model_argument(batch)
     add_batch_arguments(batch)
+
+    serve = command(
+        "serve",
+        run_serve_command,
+        "serve a model over HTTP, as OpenAI's interface has it",
+        "SIGTERM lets it finish what it has begun.",
+    )
+    model_argument(serve)
+    add_serve_arguments(serve)
 
     chat = command(
         "chat",

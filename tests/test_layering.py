@@ -23,7 +23,7 @@ LAYERS = [
     {"protocol"},
     {"batch", "serve"},
     {"cli_batch", "cli_corpus", "evaluation", "evaluation_text", "harness"},
-    {"cli_eval"},
+    {"cli_eval", "cli_serve"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -25,12 +25,13 @@ from bitjax.config.model import (
 )
 from bitjax.config.optimizer import OptimizerConfig
 from bitjax.config.run import RunConfig
+from bitjax.config.serve import ServeConfig
 from bitjax.config.train import WATCHING, TrainConfig
 
 __all__ = [
     "TOKENIZER_VOCAB_SIZE", "WATCHING", "ActivationQuantizer", "BatchConfig",
     "BatchOrder", "CacheDType", "CorpusConfig",
     "CorpusKind", "DType", "DataConfig", "EngineConfig", "MeshConfig", "ModelConfig",
-    "OptimizerConfig", "RopeScaling", "RunConfig", "TrainConfig", "WeightQuantizer", "from_dict",
-    "from_json", "override", "to_json",
+    "OptimizerConfig", "RopeScaling", "RunConfig", "ServeConfig", "TrainConfig",
+    "WeightQuantizer", "from_dict", "from_json", "override", "to_json",
 ]  # fmt: skip

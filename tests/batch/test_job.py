@@ -243,7 +243,7 @@ def test_a_changed_input_is_refused(model, tmp_path, monkeypatch):
 
 def test_a_shorter_input_does_not_hang(model, tmp_path, monkeypatch):
     path = tmp_path / "in.jsonl"
-    path.write_text('"a"\n')
+    path.write_text('"a"\n' * 3)
     count = Source.count
     for wrong in (1, -1):
         monkeypatch.setattr(Source, "count", lambda self, wrong=wrong: count(self) + wrong)

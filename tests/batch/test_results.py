@@ -131,7 +131,9 @@ def test_another_process_is_locked_out(tmp_path):
     path = tmp_path / "out.jsonl"
     with (
         Results(path, JOB, 1, ordered=True),
-        pytest.raises(ValueError, match=r"^another process is writing this job: .*\.job is locked$"),
+        pytest.raises(
+            ValueError, match=r"^another process is writing this job: .*\.job is locked$"
+        ),
     ):
         Results(path, JOB, 1, ordered=True)
     Results(path, JOB, 1, ordered=True).close()
