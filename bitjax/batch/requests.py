@@ -27,7 +27,7 @@ from bitjax.engine import Choice, Completion, Request
 from bitjax.infer import SamplingParams
 from bitjax.protocol import Answers, BadRequest, Call, Encoder, chat_call, completion_call
 from bitjax.protocol.answers import usage
-from bitjax.protocol.calls import CHAT_FIELDS, COMPLETION_FIELDS
+from bitjax.protocol.calls import CHAT_FIELDS, COMPLETION_FIELDS, derived_seed
 from bitjax.protocol.fields import Fields, shown, unicode
 
 OPENAI_FIELDS = ("custom_id", "method", "url", "body")
@@ -140,6 +140,7 @@ class Reader:
                 seed = derived_seed(self._config.seed, line.index)
                 sampling = dataclasses.replace(call.sampling, seed=seed)
                 call = dataclasses.replace(call, sampling=sampling)
+            self._encoder.check(call.sampling)
             # Chats are rendered later, many together.
             tokens = () if call.kind == "chat" else tuple(self._encoder.call(call))
             return dataclasses.replace(item, call=call, tokens=tokens)
@@ -197,12 +198,6 @@ class Reader:
 
 def _is_openai(value: Mapping[str, Any]) -> bool:
     return "custom_id" in value or "body" in value
-
-
-def derived_seed(seed: int, index: int) -> int:
-    """Of a line that says none: 32 bits."""
-    made = hashlib.sha256(f"{seed} {index}".encode()).digest()
-    return int.from_bytes(made[:4], "little")
 
 
 def record_of(

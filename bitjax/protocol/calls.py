@@ -9,6 +9,7 @@ Deliberately absent: tools, pictures, sound; they are refused, not ignored.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -255,3 +256,9 @@ def _constraint(fields: Fields) -> Constraint | None:
         raise BadRequest("two of response_format, guided_regex and guided_grammar contradict each "
                          "other", "response_format")  # fmt: skip
     return found[0] if found else None
+
+
+def derived_seed(seed: int, index: int) -> int:
+    """Of one of many prompts that say no seed themselves: 32 bits."""
+    made = hashlib.sha256(f"{seed} {index}".encode()).digest()
+    return int.from_bytes(made[:4], "little")

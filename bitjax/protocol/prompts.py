@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from bitjax.chat import ChatFormat, Message, Renderer
 from bitjax.config import ModelConfig
+from bitjax.engine import Sampling
 from bitjax.protocol.calls import Call
-from bitjax.protocol.fields import BadRequest
+from bitjax.protocol.fields import BadRequest, unicode
 from bitjax.text import TextTokenizer
 from bitjax.text import document as documents
 from bitjax.tokenizer import Tokenizer, utf8
@@ -50,9 +51,12 @@ class Encoder:
             BadRequest: an empty prompt, one without room for an answer, or unknown tokens.
         """
         if isinstance(prompt, str):
-            if (least := self._at_least(prompt)) >= self.context:
+            if (least := self._at_least(unicode(prompt, "prompt"))) >= self.context:
                 raise self._too_long(f"at least {least:,}")
-            found = tuple(self.tokenizer.encode(prompt).tolist())
+            try:
+                found = tuple(self.tokenizer.encode(prompt).tolist())
+            except ValueError as error:
+                raise BadRequest(str(error), "prompt") from None
         else:
             found = prompt
             for token in found:
@@ -97,12 +101,26 @@ class Encoder:
         Raises:
             BadRequest: of the first that is wrong.
         """
+        self.check(call.sampling)
         if call.kind == "completion":
             return [self.prompt(prompt) for prompt in call.prompts]
         [found] = self.chats([call.messages])
         if isinstance(found, BadRequest):
             raise found
         return [found]
+
+    def check(self, sampling: Sampling) -> None:
+        """That the tokens of settings are the model's.
+
+        Raises:
+            BadRequest: naming one that is not.
+        """
+        size = self.tokenizer.vocab_size
+        for name, tokens in (("logit_bias", sampling.logit_bias), ("stop_token_ids",
+                                                                   sampling.stop_ids)):  # fmt: skip
+            for token in tokens:
+                if not 0 <= token < size:
+                    raise BadRequest(f"token {token} of {name} is not in 0..{size - 1}", name)
 
     def _fitting(self, tokens: Tokens, prompt: str | Tokens) -> Tokens:
         if not tokens or not prompt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import threading
@@ -86,7 +87,8 @@ def listen(config: ServeConfig) -> socket.socket:
         return socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise ValueError(
-            f"cannot listen on {config.host} port {config.port}: {error.strerror or error}"
+            f"cannot listen on {config.host} port {config.port}: "
+            + (os.strerror(error.errno) if error.errno and error.errno > 0 else str(error.strerror))
         ) from None
 
 

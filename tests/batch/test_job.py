@@ -19,6 +19,7 @@ from bitjax.engine import Request, Sampling
 from bitjax.infer import pack_model
 from bitjax.model.files import save_model
 from bitjax.protocol import Encoder
+from bitjax.protocol.calls import derived_seed
 from bitjax.train import Interrupted
 
 LINES = 40
@@ -79,7 +80,6 @@ def records(path):
 
 
 def test_records_are_the_engines_texts(model, whole):
-    from bitjax.batch.requests import derived_seed
     from bitjax.engine import Engine
 
     found = [json.loads(line) for line in whole.splitlines()]

@@ -5,10 +5,11 @@ from texts import small_tokenizer
 from tiny import tiny_config
 
 from bitjax.batch.lines import Line
-from bitjax.batch.requests import Reader, derived_seed, index_of, record_of
+from bitjax.batch.requests import Reader, index_of, record_of
 from bitjax.config import BatchConfig
 from bitjax.engine import Choice, Completion, TokenLogprob, Usage
 from bitjax.protocol import Encoder
+from bitjax.protocol.calls import derived_seed
 from bitjax.tokenizer import BYTES
 
 TALK = [{"role": "user", "content": "hi"}]
@@ -92,6 +93,7 @@ def test_fields_by_other_names(encoder):
         ({"prompt": "a", "temperature": -1}, r"temperature=-1\.0 is not in \[0, inf\)"),
         ({"prompt": "a", "n": 2, "temperature": 0}, "n=2 samples at temperature 0 would all be"),
         ({"prompt": "a", "max_tokens": 65}, r"max_tokens=65 is not an integer in 1\.\.64"),
+        ({"messages": TALK, "stop_token_ids": [272]}, "token 272 of stop_token_ids is not in 0"),
         ({"prompt": "a", "stream": True}, "stream is not for batches"),
         ({"prompt": "a", "echo": True}, "echo is not for batches"),
         ({"prompt": "a", "id": ""}, r"id='' is not a text of 1\.\.512 characters"),
