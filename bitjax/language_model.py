@@ -213,7 +213,7 @@ class LanguageModel:
         try:
             if isinstance(prompt, str):
                 return self._encoder.prompt(prompt)
-            items = list(prompt) if isinstance(prompt, Iterable) else [None]
+            items: list[Any] = list(prompt) if isinstance(prompt, Iterable) else [None]
             if items and isinstance(items[0], Mapping):
                 messages: Sequence[Message] = messages_of([dict(m) for m in items])
                 [found] = self._encoder.chats([messages])
