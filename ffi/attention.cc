@@ -22,15 +22,37 @@ constexpr int kVectors = 1;
 
 constexpr float kLowest = -3.4028235e38F;
 
-// How far ahead memory is asked for: two pages, for the hardware's own prefetcher stops at the end of
+// How far ahead memory is asked for: two of its pages, for the hardware's own prefetcher stops at the end of
 // one. Past the end of a split lies what its thread reads next.
 constexpr int kPrefetchBytes = 8192;
 constexpr int kLine = 64;  // bytes of a cache line, one request each
 
-// Asks for the lines of memory that lie `bytes` and more from p, `count` bytes of them.
 inline void prefetch(const void* p, int count) {
-  for (int i = 0; i < count; i += kLine)
-    __builtin_prefetch(static_cast<const char*>(p) + kPrefetchBytes + i);
+  for (int i = 0; i < count; i += kLine) __builtin_prefetch(static_cast<const char*>(p) + i);
+}
+
+// What will be read kPrefetchBytes after an element of a block (a block's length after it, if that is
+// less): an element of this block or of the one that is read next.
+template <typename T>
+class Ahead {
+ public:
+  Ahead(const T* block, const T* next, int64_t elements)
+      : distance_(elements < kFar ? elements : kFar),
+        rest_(elements - distance_),
+        here_(block + distance_),
+        next_(next - rest_) {}
+  const T* operator()(int64_t element) const { return (element < rest_ ? here_ : next_) + element; }
+
+ private:
+  static constexpr int64_t kFar = kPrefetchBytes / static_cast<int64_t>(sizeof(T));
+  const int64_t distance_, rest_;
+  const T* const here_;
+  const T* const next_;
+};
+
+template <typename T>
+Ahead<T> ahead_of(const T* all, const PagedBlocks& blocks, int64_t slot, int64_t h) {
+  return {all + blocks.at(slot, h), all + blocks.after(slot, h), kStepSlots * h};
 }
 
 using Shorts32 = Vector<int16_t>;
@@ -97,12 +119,13 @@ class Rows {
   Rows(const float* q, int h) : q_(q), h_(h) {}
 
   void scores(const HeadCache<T>& cache, int64_t slot, float* score) const {
-    const T* block = cache.keys + slot * h_;
+    const T* block = cache.keys + cache.blocks.at(slot, h_);
+    const Ahead<T> ahead = ahead_of(cache.keys, cache.blocks, slot, h_);
     for (int c = 0; c < kStepSlots; c += kVectors * kFloats) {
       Float16 acc[M][kVectors] = {};
       for (int d = 0; d < h_; ++d) {
         const T* k = block + d * kStepSlots + c;
-        prefetch(k, kVectors * kFloats * sizeof(T));
+        prefetch(ahead(d * kStepSlots + c), kVectors * kFloats * sizeof(T));
         Float16 key[kVectors];
         for (int v = 0; v < kVectors; ++v) load_vector(k + v * kFloats, &key[v]);
         for (int i = 0; i < M; ++i)
@@ -117,14 +140,17 @@ class Rows {
   void mix(const HeadCache<T>& cache, int64_t slot, int slots, const float* weight, float* out) const {
     // So many slots at a time as fill 64 bytes of each dimension: what is asked for ahead is beyond.
     constexpr int kChunk = kLine / sizeof(T);
+    const T* block = cache.values + cache.blocks.at(slot, h_);
+    const Ahead<T> ahead = ahead_of(cache.values, cache.blocks, slot, h_);
     for (int s = 0; s < slots; s += kChunk) {
-      const T* values = cache.values + (slot + s) * h_;
+      const T* values = block + s * h_;
       const int count = slots - s < kChunk ? slots - s : kChunk;
       const float* w = weight + s;
       int d = 0;
       for (; d + kVectors * kFloats <= h_; d += kVectors * kFloats)
-        mix_vectors<kVectors>(values + d, values + d * kChunk, count, w, out + d);
-      for (; d < h_; d += kFloats) mix_vectors<1>(values + d, values + d * kChunk, count, w, out + d);
+        mix_vectors<kVectors>(values + d, ahead(s * h_ + d * kChunk), count, w, out + d);
+      for (; d < h_; d += kFloats)
+        mix_vectors<1>(values + d, ahead(s * h_ + d * kChunk), count, w, out + d);
     }
   }
 
@@ -177,12 +203,14 @@ class Rows<int8_t, M> {
   }
 
   void scores(const HeadCache<int8_t>& cache, int64_t slot, float* score) const {
-    const int8_t* block = cache.keys + slot * h_;
+    const int8_t* block = cache.keys + cache.blocks.at(slot, h_);
+    const Ahead<int8_t> ahead = ahead_of(cache.keys, cache.blocks, slot, h_);
+    const uint16_t* key_scale = cache.key_scale + cache.scale_at(slot);
     for (int c = 0; c < kStepSlots; c += kVectors * kFloats) {
       Ints16 acc[M][kVectors] = {};
       for (int d = 0; d < h_; d += 2) {
         const int8_t* k = block + d * kStepSlots + 2 * c;
-        prefetch(k, 2 * kVectors * kFloats);
+        prefetch(ahead(d * kStepSlots + 2 * c), 2 * kVectors * kFloats);
         Shorts32 key[kVectors];
         for (int v = 0; v < kVectors; ++v) load_pairs(k + 2 * v * kFloats, &key[v]);
         for (int i = 0; i < M; ++i) {
@@ -192,7 +220,7 @@ class Rows<int8_t, M> {
       }
       for (int v = 0; v < kVectors; ++v) {
         Float16 scale;
-        load_vector(cache.key_scale + slot + c + v * kFloats, &scale);
+        load_vector(key_scale + c + v * kFloats, &scale);
         for (int i = 0; i < M; ++i)
           store_floats(score + i * kSplitSlots + c + v * kFloats,
                        rounded(to_floats(acc[i][v]) * (scale * step_[i])));
@@ -204,6 +232,7 @@ class Rows<int8_t, M> {
   void mix(const HeadCache<int8_t>& cache, int64_t slot, int, const float* weight, float* out) const {
     int16_t codes[M][kStepSlots];
     float step[M];
+    const uint16_t* value_scale = cache.value_scale + cache.scale_at(slot);
     for (int i = 0; i < M; ++i) {
       Float16 scaled[kStepSlots / kFloats];
       Float16 top = {};
@@ -211,7 +240,7 @@ class Rows<int8_t, M> {
       for (int v = 0; v < kStepSlots / kFloats; ++v) {
         Float16 w;
         load_floats(weight + i * kSplitSlots + v * kFloats, &w);
-        load_vector(cache.value_scale + slot + v * kFloats, &scaled[v]);
+        load_vector(value_scale + v * kFloats, &scaled[v]);
         scaled[v] = select(w > 0.0F, rounded(w * scaled[v]), 0.0F);  // a slot that is not seen may hold a NaN
         top = larger(top, scaled[v]);
         poison += scaled[v] * 0.0F;
@@ -221,11 +250,13 @@ class Rows<int8_t, M> {
         store_shorts(scaled[v] * (1.0F / step[i]), codes[i] + v * kFloats);
       step[i] += fold(poison);
     }
-    const int8_t* values = cache.values + slot * h_;
+    const int8_t* values = cache.values + cache.blocks.at(slot, h_);
+    const Ahead<int8_t> ahead = ahead_of(cache.values, cache.blocks, slot, h_);
     int d = 0;
     for (; d + kVectors * kFloats <= h_; d += kVectors * kFloats)
-      mix_vectors<kVectors>(values + 2 * d, values + d * kStepSlots, codes, step, out + d);
-    for (; d < h_; d += kFloats) mix_vectors<1>(values + 2 * d, values + d * kStepSlots, codes, step, out + d);
+      mix_vectors<kVectors>(values + 2 * d, ahead(d * kStepSlots), codes, step, out + d);
+    for (; d < h_; d += kFloats)
+      mix_vectors<1>(values + 2 * d, ahead(d * kStepSlots), codes, step, out + d);
   }
 
  private:

@@ -14,6 +14,8 @@
 //   values   int8 [S/2][h][2]           slot s, dimension d at ((s/2)*h + d)*2 + s%2
 //   scales   bfloat16 [2][S]            of keys, of values
 //
+// Blocks of 64 slots lie one behind the other, or wherever a table of pages says.
+//
 // Slots are taken in splits of 1024, which are joined in order: within one the scores come first, then
 // their softmax, then the mix. A row's result depends on nothing but its query, its position and
 // the cache: not on the rows beside it, the number of threads or the tiling (as long as values are
@@ -45,11 +47,30 @@ struct Partial {
   float total;
 };
 
+// Where the blocks of 64 slots of one key head lie: one behind the other, or at page[n] * stride.
+struct PagedBlocks {
+  const int32_t* page = nullptr;  // of each block; null: one behind the other
+  int64_t count = 0;              // of pages
+  int64_t stride = 0;             // elements of keys, and of values, from page to page
+
+  // First element of the slot's block, which starts at a multiple of 64; h dimensions.
+  int64_t at(int64_t slot, int64_t h) const {
+    return page == nullptr ? slot * h : page[slot / kStepSlots] * stride;
+  }
+  // Of the block that is read next, or this one again where no other follows.
+  int64_t after(int64_t slot, int64_t h) const {
+    if (page == nullptr) return (slot + kStepSlots) * h;
+    const int64_t n = slot / kStepSlots;
+    return page[n + 1 < count ? n + 1 : n] * stride;
+  }
+};
+
 // One key head of a sequence's cache, from slot 0 on: float32, bfloat16 as its bits, or int8.
 template <typename T>
 struct HeadCache {
   const T* keys;
   const T* values;
+  PagedBlocks blocks = {};
 };
 
 template <>
@@ -58,6 +79,12 @@ struct HeadCache<int8_t> {
   const int8_t* values;
   const uint16_t* key_scale;    // bfloat16, one for each slot
   const uint16_t* value_scale;
+  PagedBlocks blocks = {};
+  int64_t scale_stride = 0;  // from page to page
+
+  int64_t scale_at(int64_t slot) const {
+    return blocks.page == nullptr ? slot : blocks.page[slot / kStepSlots] * scale_stride;
+  }
 };
 
 // Attention of m rows over the slots [first, last) of one key head; first is a multiple of

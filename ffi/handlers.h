@@ -15,7 +15,9 @@ struct Registration {
 
 extern const Registration kMatmulRegistrations[2];
 extern const Registration kAttentionRegistrations[2];
+extern const Registration kPagedRegistrations[2];
 extern const Registration kHeadRegistrations[1];
+extern const Registration kRowRegistrations[3];
 
 }  // namespace bitjax
 

@@ -11,7 +11,8 @@
 //     scale f32        [V]         of the screen's rows; 15 times it is a row's largest step
 //     spreads f32      [V]         fourth root of the sum of a row's steps to the fourth
 //     norms f32        [V]         of a table's row or the screen's, whichever is longer
-//     ranks s32        [M]         how many of the largest logits shall be exact, in 1..V
+//     ranks s32        [M]         how many of the largest logits shall be exact, in 1..V; a row of
+//                                  rank -1 is not wanted: its logits are left as they are
 //     -> logits f32 [M, V], computed s32 [M]: how many of them are exact
 //
 // E = 32 ceil(D / 31): groups of 31 inputs of x, and after each minus their product with the dither
@@ -34,6 +35,7 @@
 #include <memory>
 #include <vector>
 
+#include "candidates.h"
 #include "dispatch.h"
 #include "handler_common.h"
 #include "handlers.h"
@@ -68,6 +70,8 @@ constexpr int64_t kBlockTokens = 64;
 // of where the next row begins.
 constexpr int64_t kRowsAhead = 2;
 constexpr int64_t kLineValues = 32;  // of bfloat16, in a cache line
+
+constexpr int32_t kUnwanted = -1;
 
 struct Shape {
   int64_t M, D, V, P;
@@ -147,41 +151,6 @@ Bound bound_of(const float* x, const float* parts, const float* dither, const Sh
           std::isfinite(squares)};
 }
 
-struct Candidate {
-  float value;
-  int32_t token;
-  bool operator>(const Candidate& other) const { return value > other.value; }
-};
-
-// The largest of a stream of values, in linear time: twice as many are held before half is dropped.
-class Largest {
- public:
-  Largest(Candidate* room, int64_t count) : held_(room), count_(count) {}
-  static int64_t room(int64_t count) { return 2 * count; }
-
-  float threshold() const { return threshold_; }
-  int64_t size() const { return size_; }
-
-  void add(Candidate candidate) {
-    held_[size_++] = candidate;
-    if (size_ == room(count_)) drop();
-  }
-
-  // Leaves the largest in front.
-  void drop() {
-    if (size_ <= count_) return;
-    std::nth_element(held_, held_ + count_ - 1, held_ + size_, std::greater<Candidate>());
-    threshold_ = held_[count_ - 1].value;
-    size_ = count_;
-  }
-
- private:
-  Candidate* held_;
-  int64_t count_;
-  int64_t size_ = 0;
-  float threshold_ = -std::numeric_limits<float>::infinity();
-};
-
 struct Call {
   const Shape& s;
   const Kernel& kernel;
@@ -260,6 +229,7 @@ void run(ffi::ThreadPool pool, const Call& call, const int32_t* ranks, int32_t* 
   int64_t most = 0;
   for (int64_t m = 0; m < s.M; ++m) {
     const auto i = static_cast<size_t>(m);
+    if (ranks[m] == kUnwanted) continue;
     bounds[i] = bound_of(call.x + m * s.D, call.parts + s.P * m * s.groups() * kGroupInputs,
                          call.dither, s);
     rank[i] = std::clamp<int64_t>(ranks[m], 1, s.V);
@@ -274,14 +244,18 @@ void run(ffi::ThreadPool pool, const Call& call, const int32_t* ranks, int32_t* 
       new Candidate[static_cast<size_t>(s.M * chunks * room)]);
   std::vector<int64_t> counts(static_cast<size_t>(s.M * chunks));
   parallel_for(pool, s.M * chunks, [&](int64_t number) {
+    if (ranks[number / chunks] == kUnwanted) return;
     const int64_t first = number % chunks * kChunkTokens;
-    Largest largest(&found[number * room], wanted_of_chunk);
+    // Of a row no more than it needs itself: another's rank changes nothing.
+    const int64_t own = 2 * rank[static_cast<size_t>(number / chunks)];
+    Largest largest(&found[number * room], std::min(own, wanted_of_chunk));
     call.join(number / chunks, first, std::min(s.V, first + kChunkTokens), &largest);
     counts[static_cast<size_t>(number)] = largest.size();
   });
   std::vector<std::vector<Candidate>> candidates(bounds.size());
   std::vector<std::pair<int64_t, int64_t>> work;  // row, first candidate
   for (int64_t m = 0; m < s.M; ++m) {
+    if (ranks[m] == kUnwanted) continue;
     const auto i = static_cast<size_t>(m);
     std::vector<Candidate>& all = candidates[i];
     for (int64_t number = m * chunks; number < (m + 1) * chunks; ++number)
@@ -305,6 +279,7 @@ void run(ffi::ThreadPool pool, const Call& call, const int32_t* ranks, int32_t* 
     }
   });
   for (size_t i = 0; i < bounds.size(); ++i) {
+    if (ranks[i] == kUnwanted) continue;
     std::vector<Candidate>& all = candidates[i];
     const auto nth = static_cast<size_t>(rank[i] - 1);
     threshold[i] = -std::numeric_limits<float>::infinity();
@@ -316,6 +291,7 @@ void run(ffi::ThreadPool pool, const Call& call, const int32_t* ranks, int32_t* 
 
   parallel_for(pool, s.M * chunks, [&](int64_t number) {
     const int64_t m = number / chunks;
+    if (ranks[m] == kUnwanted) return;
     const auto i = static_cast<size_t>(m);
     const int64_t first = number % chunks * kChunkTokens;
     const int64_t last = std::min(s.V, first + kChunkTokens);

@@ -10,6 +10,8 @@
 //     norm f32       [..., K], or [..., 0]: no norm
 //     residual as x  [..., M, N], or [..., M, 0]: none
 //     columns u8     [..., T, K, 64], the same weights by columns, or [0, 0, 0]: none
+//     rows s32       [1], how many of the M rows are wanted (the others of y are left as they are), or
+//                    [..., 0]: all; with it there are no leading dimensions
 //     -> y as x      [..., M, N] = quantise(norm(gate(x))) W^T, scaled, plus residual
 //   bitjax_packed_matmul_i32 {layout: s64}
 //     the same operands, x as q s8 [..., M, K] -> y s32 [..., M, N]
@@ -152,6 +154,15 @@ void add_items(const Operand (&operands)[6], Dims y, size_t lead, Plan& plan) {
 struct Operands {
   Dims x, codes, multipliers, w_scale, norm, residual, columns;
 };
+
+// Leaves as many rows as the operand says, if it says so.
+void take_rows(const ffi::AnyBuffer& rows, Plan& plan, size_t lead) {
+  if (rows.element_count() == 0) return;
+  require_type(rows, ffi::DataType::S32, "rows");
+  if (rows.element_count() != 1 || lead != 0)
+    throw wrong("rows", "one number, and x without leading dimensions", text(rows.dimensions()));
+  plan.m = std::clamp<int64_t>(*data<int32_t>(rows), 0, plan.m);
+}
 
 void require_last(const char* what, Dims dims, std::initializer_list<int64_t> last, size_t lead) {
   bool ok = dims.size() == lead + last.size();
@@ -532,7 +543,7 @@ void run_float(ffi::ThreadPool pool, const Plan& plan, ffi::AnyBuffer x, ffi::An
 
 ffi::Error packed_matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes,
                          ffi::AnyBuffer multipliers, ffi::AnyBuffer w_scale, ffi::AnyBuffer norm,
-                         ffi::AnyBuffer residual, ffi::AnyBuffer columns,
+                         ffi::AnyBuffer residual, ffi::AnyBuffer columns, ffi::AnyBuffer rows,
                          ffi::Result<ffi::AnyBuffer> y, int64_t layout, int64_t gate, float eps) {
   return guarded(kMatmul, [&] {
     const bool bf16 = x.element_type() == ffi::DataType::BF16;
@@ -545,12 +556,12 @@ ffi::Error packed_matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer 
     require_type(residual, x.element_type(), "residual");
     require_type(columns, ffi::DataType::U8, "columns");
     require_type(*y, x.element_type(), "result");
-    const Plan plan =
-        make_plan(layout_of(layout), gate_of(gate), eps,
-                  {x.dimensions(), codes.dimensions(), multipliers.dimensions(),
-                   w_scale.dimensions(), norm.dimensions(), residual.dimensions(),
-                   columns.dimensions()},
-                  y->dimensions());
+    Plan plan = make_plan(layout_of(layout), gate_of(gate), eps,
+                          {x.dimensions(), codes.dimensions(), multipliers.dimensions(),
+                           w_scale.dimensions(), norm.dimensions(), residual.dimensions(),
+                           columns.dimensions()},
+                          y->dimensions());
+    take_rows(rows, plan, x.dimensions().size() - 2);
     (bf16 ? run_float<uint16_t> : run_float<float>)(pool, plan, x, codes, multipliers, w_scale,
                                                     norm, residual, columns, *y);
   });
@@ -559,7 +570,7 @@ ffi::Error packed_matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer 
 ffi::Error packed_matmul_i32(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer codes,
                              ffi::AnyBuffer multipliers, ffi::AnyBuffer w_scale,
                              ffi::AnyBuffer norm, ffi::AnyBuffer residual, ffi::AnyBuffer columns,
-                             ffi::Result<ffi::AnyBuffer> y, int64_t layout) {
+                             ffi::AnyBuffer rows, ffi::Result<ffi::AnyBuffer> y, int64_t layout) {
   return guarded(kMatmulI32, [&] {
     require_type(q, ffi::DataType::S8, "x");
     require_type(codes, ffi::DataType::U8, "codes");
@@ -571,6 +582,7 @@ ffi::Error packed_matmul_i32(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuf
                            w_scale.dimensions(), norm.dimensions(), residual.dimensions(),
                            columns.dimensions()},
                           y->dimensions());
+    take_rows(rows, plan, q.dimensions().size() - 2);
     run(pool, plan,
         Data<int8_t, int32_t>{data<int8_t>(q), data<uint8_t>(codes), data<uint8_t>(multipliers),
                               nullptr, nullptr, nullptr, data<uint8_t>(columns),
@@ -587,6 +599,7 @@ ffi::Error packed_matmul_i32(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuf
       .Arg<ffi::AnyBuffer>()  /* norm */                                         \
       .Arg<ffi::AnyBuffer>()  /* residual */                                     \
       .Arg<ffi::AnyBuffer>()  /* columns */                                      \
+      .Arg<ffi::AnyBuffer>()  /* rows */                                         \
       .Ret<ffi::AnyBuffer>()  /* y */                                            \
       .Attr<int64_t>("layout")
 

@@ -130,9 +130,15 @@ using FindNonZero = int64_t (*)(const int8_t* q, int64_t k, int32_t* input, int8
 // [k][64], 0 <= input_i < k. May ask for, but does not read, what follows the tile.
 using ColumnProduct = void (*)(const uint8_t* tile, int64_t k, const SparseRow& x, int32_t* out);
 
-// sum_i x_i w_i of k values of float32 and bfloat16, in float32 and in an order that every kernel
+// sum_i x_i w_i of k values, w in float32 or bfloat16, in float32 and in an order that every kernel
 // keeps (rows.h): each value passes through at most k + 8 roundings.
-using DotBf16 = float (*)(const float* x, const uint16_t* w, int64_t k);
+template <typename W>
+using Dot = float (*)(const float* x, const W* w, int64_t k);
+
+// The largest of n > 0 values, NaN if one is; and the sum of e^((x_i - most) * scale), in 16 sums of every
+// sixteenth value, folded in halves (rows.h).
+using LargestOf = float (*)(const float* x, int64_t n);
+using SumExponentials = float (*)(const float* x, int64_t n, float most, float scale);
 
 // For measuring the machine: `rounds` rounds of independent dot products in registers, returning how
 // many multiply-adds they were; and a read of n bytes, returning something that depends on all.
@@ -148,7 +154,10 @@ struct Kernel {
   GateRow relu2_gate;
   GateRow silu_gate;
   NormRow rms_norm;
-  DotBf16 dot_bf16;
+  Dot<float> dot_f32;
+  Dot<uint16_t> dot_bf16;
+  LargestOf largest;
+  SumExponentials sum_exponentials;
   FewRows few_rows[kLayoutCount];
   int few_rows_limit;        // activation rows of few_rows(), at most kMaxFewRows
   int64_t streamed_rows;     // activation rows up to which few_rows() beats panels

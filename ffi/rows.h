@@ -6,6 +6,8 @@
 #ifndef BITJAX_FFI_ROWS_H_
 #define BITJAX_FFI_ROWS_H_
 
+#include <math.h>
+
 #include <cstdint>
 
 #include "epilogue.h"
@@ -225,15 +227,19 @@ inline void rms_norm(const float* x, int64_t k, const float* scale, float eps, f
   });
 }
 
+inline void load_weights(const float* p, Float16* v) { load_floats(p, v); }
+inline void load_weights(const uint16_t* p, Float16* v) { load_bf16(p, v); }
+
 // sum_i x_i w_i, bfloat16 w as its bits. Every product and sum is rounded, so the result depends on
 // the order: four vectors of sums, the last k % 64 values going to the first of them.
-inline float dot_bf16(const float* x, const uint16_t* w, int64_t k) {
+template <typename W>
+float dot(const float* x, const W* w, int64_t k) {
   constexpr int kSums = 4;  // an addition's latency, in additions of one a cycle
   const auto add_product = [x, w](int64_t i, Float16* sum) {
     Float16 a;
     Float16 b;
     load_floats(x + i, &a);
-    load_bf16(w + i, &b);
+    load_weights(w + i, &b);
     *sum += a * b;
   };
   Float16 sum[kSums] = {};
@@ -244,6 +250,49 @@ inline float dot_bf16(const float* x, const uint16_t* w, int64_t k) {
   float result = fold((sum[0] + sum[1]) + (sum[2] + sum[3]));
   for (; i < k; ++i) result += x[i] * widen(w[i]);
   return result;
+}
+
+// The largest of n > 0 values; NaN if one is NaN or an infinity above all, for comparisons lose NaNs.
+inline float largest(const float* x, int64_t n) {
+  Float16 top = x[0];
+  Float16 poison = {};
+  int64_t i = 0;
+  for (; i + kFloats <= n; i += kFloats) {
+    Float16 v;
+    load_floats(x + i, &v);
+    top = larger(top, v);
+    poison += v * 0.0F;
+  }
+  float result = fold(top, [](const auto& a, const auto& b) { return a > b ? a : b; });
+  float rest = fold(poison);
+  for (; i < n; ++i) {
+    result = result > x[i] ? result : x[i];
+    rest += x[i] * 0.0F;
+  }
+  return result + rest;
+}
+
+// sum_i e^((x_i - most) scale) for x_i <= most, values below e^-87 counting as zero.
+inline float sum_exponentials(const float* x, int64_t n, float most, float scale) {
+  Float16 sum = {};
+  const auto add = [&](const Float16& v) {
+    const Float16 power = (v - most) * scale;
+    sum += select(power > -87.0F, exponential(power), 0.0F);
+  };
+  int64_t i = 0;
+  for (; i + kFloats <= n; i += kFloats) {
+    Float16 v;
+    load_floats(x + i, &v);
+    add(v);
+  }
+  if (i < n) {
+    float padded[kFloats];
+    for (int64_t j = 0; j < kFloats; ++j) padded[j] = i + j < n ? x[i + j] : -INFINITY;
+    Float16 v;
+    load_floats(padded, &v);
+    add(v);
+  }
+  return fold(sum);
 }
 
 // Folds n bytes with exclusive or, asking for memory two pages ahead like the products.

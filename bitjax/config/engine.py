@@ -34,7 +34,7 @@ class EngineConfig:
     context: int | None = None
     memory: int | None = None
     memory_share: float = 0.5
-    step_tokens: int = 256
+    step_tokens: int = 128
     sharing: bool = True
     lookup: int = 4
     lookup_rows: int = 8

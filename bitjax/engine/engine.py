@@ -4,21 +4,32 @@
     for completion in engine.generate([Request("a", "ROMEO:"), Request("b", "JULIET:")]):
         print(completion.id, completion.choices[0].text)
 
-A server calls `submit`, `cancel` and `step` itself.
+A server calls `submit`, `cancel` and `step` itself. What a request gives depends on the model, its
+prompt, its settings and the active kernel, to the bit: not on what else runs, on sizes, threads,
+or the cutting of prompts (`bitjax.ops.rows`), nor on guesses (`bitjax.engine.lookup`). So a job
+that was interrupted can be resumed, and any answer made again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import threading
-import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+
+import numpy as np
 
 from bitjax.config import EngineConfig
-from bitjax.engine.request import Choice, Completion, Delta, Request, Timings, Usage, failed
-from bitjax.infer import Generator
+from bitjax.engine.pages import PageStore, pages_for
+from bitjax.engine.request import Completion, Delta, Request, Sampling, TokenLogprob, failed
+from bitjax.engine.runner import Runner
+from bitjax.engine.sampler import NOTHING_ALLOWED, Draw, Edits, ranks_for, sample
+from bitjax.engine.scheduler import Scheduler
+from bitjax.engine.sequence import Job, Sequence
+from bitjax.engine.sizing import sizes
+from bitjax.infer.writer import TextWriter
 from bitjax.model import Transformer
+
+AHEAD = 2  # times `max_sequences`, requests that `generate` takes from its iterable
 
 
 @dataclasses.dataclass
@@ -28,7 +39,7 @@ class Stats:
     running: int = 0
     waiting: int = 0
     steps: int = 0
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0  # run, so without those shared
     cached_tokens: int = 0
     completion_tokens: int = 0
     finished: int = 0
@@ -48,98 +59,98 @@ class Engine:
         model: float or packed.
         config: sizes.
 
+    Attributes:
+        context: tokens that a sequence may have, prompt included.
+        memory: bytes that the pages take.
+
     Raises:
-        ValueError: less memory than one sequence needs.
+        ValueError: too little memory, or a vocabulary without all of the tokenizer's tokens.
     """
 
     def __init__(self, model: Transformer, config: EngineConfig | None = None) -> None:
         self.config = config or EngineConfig()
         self.tokenizer = model.tokenizer
-        self.context = min(self.config.context or model.config.max_seq_len,
-                           model.config.max_seq_len)  # fmt: skip
-        self._generator = Generator(model, self.config.cache_dtype)
+        self.vocab_size = model.config.vocab_size
+        if self.vocab_size < self.tokenizer.vocab_size:
+            raise ValueError(
+                f"the model has {self.vocab_size} tokens; the tokenizer has "
+                f"{self.tokenizer.vocab_size}"
+            )
+        self.context, pages, self.memory = sizes(model, self.config)
+        runner = Runner(
+            model, self.config.cache_dtype, pages, self.config.max_sequences, self.context
+        )
+        self._runner = runner
+        self._store = PageStore(pages, self.config.sharing)
+        self._scheduler = Scheduler(self.config, self._store, runner)
         self._lock = threading.Lock()
-        self._live: dict[str, dict[str, Any]] = {}
-        self.stats = Stats()
+        self._jobs: dict[str, Job] = {}
+        self._arrived: list[Job] = []
+        self._counts = Stats()
 
     @property
     def pending(self) -> int:
         """Requests that are not finished."""
-        return len(self._live)
+        return len(self._jobs)
+
+    @property
+    def stats(self) -> Stats:
+        """Numbers of this moment."""
+        scheduler = self._scheduler
+        return dataclasses.replace(
+            self._counts, running=len(scheduler.running), waiting=len(scheduler.waiting),
+            preempted=scheduler.preempted, pages=self._store.count, pages_used=self._store.used,
+        )  # fmt: skip
 
     def submit(self, request: Request) -> None:
         """Queue a request.
 
         Raises:
             ValueError: an empty prompt, one that leaves no room in the context or holds an unknown
-                token, a constraint that cannot be compiled, or an id that is in use. No other
-                request is touched.
+                token, a bias or stop for an unknown token, a constraint that cannot be compiled, or
+                an id that is in use. No other request is touched.
         """
-        prompt = request.prompt
-        tokens = self.tokenizer.encode(prompt).tolist() if isinstance(prompt, str) else list(prompt)
-        writers = [self._generator.writer(tokens, request.sampling)
-                   for _ in range(request.sampling.n)]  # fmt: skip
+        prompt = self._tokens_of(request)
+        sampling = request.sampling
+        for what, tokens in (("logit_bias", sampling.logit_bias), ("stop_ids", sampling.stop_ids)):
+            for token in tokens:
+                if not 0 <= token < self.vocab_size:
+                    raise ValueError(f"{what} has token {token}, not in 0..{self.vocab_size - 1}")
+        room = min(sampling.max_new_tokens, self.context - len(prompt))
+        if pages_for(len(prompt) + room) > self._store.count:
+            raise ValueError(
+                f"the request may need {pages_for(len(prompt) + room)} pages of the cache; it has "
+                f"{self._store.count}"
+            )
+        job = Job(request, prompt, [self._sequence(prompt, sampling, room, index)
+                                    for index in range(sampling.n)])  # fmt: skip
         with self._lock:
-            if request.id in self._live:
+            if request.id in self._jobs:
                 raise ValueError(f"request id {request.id!r} is in use")
-            self._live[request.id] = {
-                "request": request, "tokens": tokens, "writers": writers, "streams": None,
-                "at": time.perf_counter(), "first": 0.0, "drawn": [[] for _ in writers],
-                "cancelled": False,
-            }  # fmt: skip
+            self._jobs[request.id] = job
+            self._arrived.append(job)
 
     def cancel(self, request_id: str) -> bool:
         """Stop a request: its last deltas say "cancelled". False if there is none."""
         with self._lock:
-            if request_id not in self._live:
-                return False
-            self._live[request_id]["cancelled"] = True
-            return True
+            job = self._jobs.get(request_id)
+            if job is not None:
+                job.cancelled = True
+            return job is not None
 
     def step(self) -> list[Delta]:
-        """Advance every running request by at least a token; nothing where nothing is pending."""
-        deltas: list[Delta] = []
-        for request_id, live in list(self._live.items())[: self.config.max_sequences]:
-            deltas += self._advance(request_id, live)
+        """Run one step; nothing where nothing is pending."""
+        with self._lock:
+            for job in self._arrived:
+                self._scheduler.waiting.extend(job.sequences)
+            self._arrived = []
+            cancelled = [job for job in self._jobs.values() if job.cancelled]
+        deltas = [delta for job in cancelled for delta in self._cancelled(job)]
+        plan = self._scheduler.plan()
+        if plan:
+            self._counts.steps += 1
+            deltas += self._run(plan)
         return deltas
-
-    def _advance(self, request_id: str, live: dict[str, Any]) -> Iterator[Delta]:
-        sampling, writers = live["request"].sampling, live["writers"]
-        if live["streams"] is None:
-            live["streams"] = [
-                self._generator.tokens(
-                    [live["tokens"]], [dataclasses.replace(sampling, seed=sampling.seed + i)]
-                )
-                for i in range(sampling.n)
-            ]
-        found = []
-        for i, (stream, writer) in enumerate(zip(live["streams"], writers, strict=True)):
-            if writer.finish_reason:
-                continue
-            if live["cancelled"]:
-                writer.finish_reason = "cancelled"
-                found.append((i, "", ()))
-                continue
-            token = int(next(stream)[0])
-            live["first"] = live["first"] or time.perf_counter() - live["at"]
-            live["drawn"][i].append(token)
-            found.append((i, writer.feed(token), (token,)))
-        done = all(writer.finish_reason for writer in writers)
-        for n, (i, text, tokens) in enumerate(found):
-            completion = None
-            if done and n == len(found) - 1:
-                del self._live[request_id]
-                completion = self._completion(request_id, live)
-            yield Delta(request_id, i, text, tokens, (), writers[i].finish_reason, completion)
-
-    def _completion(self, request_id: str, live: dict[str, Any]) -> Completion:
-        return Completion(
-            request_id,
-            tuple(Choice(i, w.text, tuple(t), w.finish_reason)
-                  for i, (w, t) in enumerate(zip(live["writers"], live["drawn"], strict=True))),
-            Usage(len(live["tokens"]), 0, sum(map(len, live["drawn"]))),
-            Timings(0.0, live["first"], time.perf_counter() - live["at"]),
-        )  # fmt: skip
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Completions as they finish, in whatever order; a bad request gives one with an error.
@@ -149,7 +160,7 @@ class Engine:
         source = iter(requests)
         more = True
         while True:
-            while more and self.pending < 2 * self.config.max_sequences:
+            while more and self.pending < AHEAD * self.config.max_sequences:
                 request = next(source, None)
                 if request is None:
                     more = False
@@ -163,3 +174,150 @@ class Engine:
             for delta in self.step():
                 if delta.completion is not None:
                     yield delta.completion
+
+    def _tokens_of(self, request: Request) -> list[int]:
+        if isinstance(request.prompt, str):
+            tokens = self.tokenizer.encode(request.prompt).tolist()
+        else:
+            tokens = [int(token) for token in request.prompt]
+            unknown = next((t for t in tokens if not 0 <= t < self.vocab_size), None)
+            if unknown is not None:
+                raise ValueError(f"the prompt has token {unknown}, not in 0..{self.vocab_size - 1}")
+        if not tokens:
+            raise ValueError("the prompt is empty; give at least one character")
+        if len(tokens) >= self.context:
+            raise ValueError(
+                f"the prompt has {len(tokens)} tokens; the context of {self.context} leaves no "
+                "room for an answer"
+            )
+        return tokens
+
+    def _sequence(self, prompt: list[int], sampling: Sampling, room: int, index: int) -> Sequence:
+        ends = {*sampling.stop_ids, *(() if sampling.ignore_eos else self.tokenizer.stop)}
+        writer = TextWriter(self.tokenizer, sampling, room, ends)
+        guesses = bool(self.config.lookup) and sampling.lookup
+        return Sequence(index, prompt, writer, Edits(sampling, prompt), guesses)
+
+    def _run(self, plan: list[tuple[Sequence, int]]) -> list[Delta]:
+        """Run the rows of a plan, draw, and pass on."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        tables: list[int] = []
+        wanted: list[int] = []  # rows whose next token is drawn
+        draws: list[Draw] = []
+        drawing: list[tuple[Sequence, int]] = []  # and where its draws begin
+        for sequence, count in plan:
+            end = sequence.done + count
+            rows = sequence.tokens[sequence.done : end] + sequence.guesses
+            tokens += rows
+            positions += range(sequence.done, sequence.done + len(rows))
+            tables += [sequence.table] * len(rows)
+            if end == len(sequence.tokens):
+                drawing.append((sequence, len(draws)))
+                first = len(tokens) - len(sequence.guesses) - 1
+                for draw in self._draws(sequence):
+                    draw.row = len(wanted)
+                    wanted.append(first + len(wanted) - drawing[-1][1])
+                    draws.append(draw)
+        hidden = self._runner.run(*(np.array(x, np.int32) for x in (tokens, positions, tables)))
+        drawn: list[int] = []
+        logprobs: list[TokenLogprob | None] = []
+        if draws:
+            ranks = [ranks_for(draw, self.vocab_size) for draw in draws]
+            logits = self._runner.logits(
+                hidden, np.array(wanted, np.int32), np.array(ranks, np.int32)
+            )
+            found, logprobs = sample(logits, draws)
+            drawn = found.tolist()
+        for sequence, count in plan:
+            self._store.extend(
+                sequence.pages, sequence.done, sequence.tokens[sequence.done :][:count]
+            )
+            if sequence.done < len(sequence.job.prompt):
+                self._counts.prompt_tokens += count
+            sequence.done += count
+        deltas = []
+        for sequence, first in drawing:
+            end = first + 1 + len(sequence.guesses)
+            deltas.append(self._advance(sequence, drawn[first:end], logprobs[first:end]))
+        return deltas
+
+    def _draws(self, sequence: Sequence) -> Iterator[Draw]:
+        """What is to be drawn behind its tokens, and behind each guess as if it were right."""
+        sampling, edits = sequence.job.request.sampling, sequence.edits
+        position = len(sequence.tokens)
+        taken: list[tuple[int, bool]] = []
+        for guess in (None, *sequence.guesses):
+            if guess is not None:
+                taken.append((guess, edits.seen(guess)))
+                edits.add(guess)
+            values = None
+            if sequence.edited:
+                values = edits.arrays[0].copy(), edits.arrays[1].copy()
+            yield Draw(0, sampling, sequence.index, position, values)
+            position += 1
+        for guess, before in reversed(taken):
+            edits.remove(guess, before)
+
+    def _advance(
+        self, sequence: Sequence, drawn: list[int], logprobs: list[TokenLogprob | None]
+    ) -> Delta:
+        """Take the drawn tokens as far as the guesses were right."""
+        job, guesses = sequence.job, sequence.guesses
+        kept: list[int] = []
+        text = ""
+        for i, token in enumerate(drawn):
+            if token < 0:
+                what = "no token is allowed" if token == NOTHING_ALLOWED else (
+                    "the model gave logits that are not finite")  # fmt: skip
+                sequence.fail(f"{what} at position {len(sequence.tokens)}")
+                break
+            kept.append(token)
+            sequence.tokens.append(token)
+            sequence.edits.add(token)
+            text += sequence.writer.feed(token)
+            sequence.reason = sequence.writer.finish_reason  # type: ignore[assignment]
+            if sequence.reason or i == len(guesses) or guesses[i] != token:
+                break
+        right = max(0, len(kept) - 1)  # those run behind their guess
+        self._store.extend(sequence.pages, sequence.done, kept[:right])
+        sequence.done += right
+        sequence.guessed += len(guesses)
+        sequence.accepted += right
+        about = tuple(lp for lp in logprobs[: len(kept)] if lp is not None)
+        sequence.logprobs += about
+        counts = self._counts
+        counts.completion_tokens += len(kept)
+        counts.guessed += len(guesses)
+        counts.accepted += right
+        sequence.guesses = []
+        job.first_token = job.first_token or job.since()
+        return self._delta(sequence, text, tuple(kept), about)
+
+    def _delta(
+        self,
+        sequence: Sequence,
+        text: str = "",
+        tokens: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] = (),
+    ) -> Delta:
+        """What to tell, after giving up what finished sequences hold."""
+        job = sequence.job
+        completion = None
+        if sequence.reason:
+            self._scheduler.finish(sequence)
+            if job.finished:
+                completion = job.completion()
+                self._counts.finished += 1
+                self._counts.cached_tokens += max(job.cached_tokens, 0)
+                with self._lock:
+                    del self._jobs[job.request.id]
+        return Delta(
+            job.request.id, sequence.index, text, tokens, logprobs, sequence.reason, completion
+        )
+
+    def _cancelled(self, job: Job) -> Iterator[Delta]:
+        for sequence in job.sequences:
+            if not sequence.reason:
+                sequence.reason = "cancelled"
+                yield self._delta(sequence)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from bitjax.infer.sampling import SamplingParams
 from bitjax.tokenizer import Tokenizer
 
@@ -13,6 +15,7 @@ class TextWriter:
         tokenizer: whose `stop` tokens end the text.
         params: of which `stop` counts here.
         room: tokens that the text may have.
+        ends: tokens that end it, in the place of the tokenizer's.
 
     Attributes:
         room: tokens that the text may have.
@@ -21,9 +24,15 @@ class TextWriter:
         finish_reason: "stop", "length", or empty before the end.
     """
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, room: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        room: int,
+        ends: Collection[int] | None = None,
+    ) -> None:
         self._decoder = tokenizer.stream_decoder(continues=True)
-        self._ends = frozenset(tokenizer.stop)
+        self._ends = frozenset(tokenizer.stop if ends is None else ends)
         self._stop = params.stop
         self.room = room
         self._held = ""  # may be the beginning of a stop string

@@ -12,6 +12,7 @@ from bitjax import ops
 from bitjax.config import ModelConfig
 from bitjax.model.layers import BitLinear, RMSNorm, rotary_angles, rotary_frequencies
 from bitjax.ops import reference
+from bitjax.ops import rows as row_ops
 from bitjax.ops.reference import KEY_BLOCK
 
 
@@ -99,3 +100,26 @@ class Attention(nnx.Module):
             )  # fmt: skip
             cache = KVCache(*arrays)
         return self.o(mixed, norm=self.sub_norm, residual=x_BxTxD), cache
+
+    def of_rows(
+        self, x_RxD: jax.Array, norm: RMSNorm | None, rows: row_ops.Rows, pages: KVCache
+    ) -> tuple[jax.Array, KVCache]:
+        """The same for new tokens of several sequences over a cache of pages (`bitjax.ops.rows`).
+
+        Args:
+            x_RxD: inputs.
+            norm: as above.
+            rows: which tokens they are.
+            pages: `KVCache.empty` of as many sequences of 64 slots as there are pages.
+
+        Returns:
+            `[R, D]`, the residual included, and the updated pages.
+        """
+        h = self.config.head_dim
+        qkv_RxNxh = self.qkv(x_RxD, norm=norm, rows=rows.count_1).reshape(len(x_RxD), -1, h)
+        mixed, *arrays = row_ops.paged_attention(
+            qkv_RxNxh, rows, *pages.arrays,
+            impl=self.o.impl if ops.attention_fits(h) else "reference",
+        )  # fmt: skip
+        added = self.o(mixed, norm=self.sub_norm, residual=x_RxD, rows=rows.count_1)
+        return added, KVCache(*arrays)

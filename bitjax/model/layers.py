@@ -11,6 +11,8 @@ in float32 when they are given the same activations.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,7 @@ from flax import nnx
 from bitjax import ops
 from bitjax.config import ModelConfig, RopeScaling
 from bitjax.ops import reference
+from bitjax.ops import rows as row_ops
 from bitjax.packing import PackedWeights
 from bitjax.quant import (
     ACTIVATION_QUANTIZERS,
@@ -118,10 +121,12 @@ class BitLinear(nnx.Module):
         gate: reference.Gate = "none",
         norm: RMSNorm | None = None,
         residual: jax.Array | None = None,
+        rows: jax.Array | None = None,
     ) -> jax.Array:
         """`residual + linear(norm(gate(x)))`: `[..., K]` (with a gate `[..., 2K]`) to `[..., N]`.
 
-        The neighbours are arguments so that the packed product can take them in: it then computes
+        With `rows`, int32 `[1]`, x is `[R, K]`, of which so many rows are wanted, and each is
+        computed as if it were alone (`bitjax.ops.rows`). The neighbours are arguments so that the packed product can take them in: it then computes
         in float32 from gate to sum, and nothing between travels to memory.
         """
         weight = self.weight.get_value()
@@ -131,37 +136,63 @@ class BitLinear(nnx.Module):
         if packed and self.fuse and len(norms) < 2 and not each:
             scale, eps = (norms[0].scale[...], norms[0].eps) if norms else (None, 0.0)
             return ops.packed_matmul(
-                x, weight, gate=gate, norm=scale, eps=eps, residual=residual, impl=self.impl
-            )
-        if gate != "none":
-            x = reference.gated(gate, *jnp.split(x, 2, axis=-1))
-        for applied in norms:
-            x = applied(x)
+                x, weight, gate=gate, norm=scale, eps=eps, residual=residual, rows=rows,
+                impl=self.impl,
+            )  # fmt: skip
+        if rows is not None:
+            x = self._prepared(x, gate, norms, rows)
+        else:
+            if gate != "none":
+                x = reference.gated(gate, *jnp.split(x, 2, axis=-1))
+            for applied in norms:
+                x = applied(x)
         ends = tuple(np.cumsum(self.segments))
         if isinstance(weight, PackedWeights):
             # Of stacked matrices with their own norms each is multiplied with the inputs of all:
             # packed weights are not sliced, and reading them is what takes time.
-            y = self._packed(x, weight)
+            of_all = rows if rows is None or not each else rows * len(self.segments)
+            y = self._packed(x, weight, of_all)
             if each:
-                rows = jnp.split(y, ends[:-1], axis=-1)
-                y = jnp.concatenate([part[..., s, :] for s, part in enumerate(rows)], axis=-1)
+                matrix_rows = jnp.split(y, ends[:-1], axis=-1)
+                parts = [part[..., s, :] for s, part in enumerate(matrix_rows)]
+                y = jnp.concatenate(parts, axis=-1)
         elif each:
             codes, scale = self._quantized_weights(weight)
             matrices = jnp.split(codes, ends[:-1])
             scales = [None] * len(ends) if scale is None else jnp.split(scale, ends[:-1])
             parts = [
-                self._product(x[..., s, :], *matrix)
+                self._product(x[..., s, :], *matrix, rows)
                 for s, matrix in enumerate(zip(matrices, scales, strict=True))
             ]
             y = jnp.concatenate(parts, axis=-1)
         else:
-            y = self._product(x, *self._quantized_weights(weight))
+            y = self._product(x, *self._quantized_weights(weight), rows)
         return y if residual is None else residual + y
 
-    def _packed(self, x: jax.Array, weight: PackedWeights) -> jax.Array:
+    def _prepared(
+        self,
+        x_RxK: jax.Array,
+        gate: reference.Gate,
+        norms: list[RMSNorm | RMSNorms],
+        rows: jax.Array,
+    ) -> jax.Array:
+        """`norms(gate(x))` row by row; several stacked norms give `[R, count, K]`."""
+        one = functools.partial(row_ops.prepare, count_1=rows, impl=self.impl)
+        if gate != "none":
+            x_RxK = one(x_RxK, gate=gate)
+        for norm in norms:
+            if isinstance(norm, RMSNorms):
+                each = [one(x_RxK, norm=scale, eps=norm.eps) for scale in norm.scale[...]]
+                return jnp.stack(each, axis=-2)  # always the last
+            x_RxK = one(x_RxK, norm=norm.scale[...], eps=norm.eps)
+        return x_RxK
+
+    def _packed(
+        self, x: jax.Array, weight: PackedWeights, rows: jax.Array | None = None
+    ) -> jax.Array:
         if self.activations == "float":
-            return ops.dequantized_matmul(x, weight, self.impl)
-        return ops.packed_matmul(x, weight, impl=self.impl)
+            return ops.dequantized_matmul(x, weight, self.impl, rows)
+        return ops.packed_matmul(x, weight, impl=self.impl, rows=rows)
 
     def make_float(self) -> None:
         """Take away quantisers, transform and learned scale."""
@@ -184,7 +215,13 @@ class BitLinear(nnx.Module):
         # Scales within a row cannot follow the product.
         return (quantized.dequantize(), None) if self.sharing.per == "group" else quantized
 
-    def _product(self, x: jax.Array, w_NxK: jax.Array, w_scale: jax.Array | None) -> jax.Array:
+    def _product(
+        self,
+        x: jax.Array,
+        w_NxK: jax.Array,
+        w_scale: jax.Array | None,
+        rows: jax.Array | None = None,
+    ) -> jax.Array:
         dtype, shape, scale = x.dtype, x.shape, None
         x = x.reshape(-1, shape[-1])  # one matrix product: XLA transposes less on CPU
         if self.hadamard:
@@ -198,10 +235,13 @@ class BitLinear(nnx.Module):
             w_scale = w_scale.reshape(1, -1)
             scale = w_scale if scale is None else scale * w_scale
         # Codes are exact in bfloat16 too (integers up to 256), and their sums in float32.
-        y = jax.lax.dot_general(
-            x.astype(dtype), w_NxK.astype(dtype), (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        x, w_NxK = x.astype(dtype), w_NxK.astype(dtype)
+        if rows is None or (w_scale is not None and self.activations != "float"):
+            y = jax.lax.dot_general(
+                x, w_NxK, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+            )
+        else:  # sums that are not exact, so their order counts
+            y = row_ops.float_matmul(x, w_NxK, rows, self.impl)
         # Backward, keeps XLA from fusing what precedes into a strided transposition.
         y = jax.lax.optimization_barrier(y)
         y = (y if scale is None else y * scale).astype(dtype)
@@ -247,7 +287,11 @@ class FeedForward(nnx.Module):
         self.down = BitLinear(F, D, config=config, rngs=rngs, transform=True)
         self.activation = config.activation
 
-    def __call__(self, x_BxTxD: jax.Array, norm: RMSNorm | None) -> jax.Array:
-        """Returns `[B, T, D]`, the residual included."""
-        hidden_BxTx2F = self.gate_up(x_BxTxD, norm=norm)
-        return self.down(hidden_BxTx2F, gate=self.activation, norm=self.sub_norm, residual=x_BxTxD)
+    def __call__(
+        self, x_BxTxD: jax.Array, norm: RMSNorm | None, rows: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns `[B, T, D]`, the residual included; with rows `[R, D]`, see `BitLinear`."""
+        hidden_BxTx2F = self.gate_up(x_BxTxD, norm=norm, rows=rows)
+        return self.down(
+            hidden_BxTx2F, gate=self.activation, norm=self.sub_norm, residual=x_BxTxD, rows=rows
+        )

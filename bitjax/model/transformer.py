@@ -26,6 +26,8 @@ from bitjax import ops
 from bitjax.config import CacheDType, ModelConfig
 from bitjax.model.attention import Attention, KVCache
 from bitjax.model.layers import BitLinear, FeedForward, RMSNorm
+from bitjax.ops import rows as row_ops
+from bitjax.ops.rows import Rows
 from bitjax.packing import PackedWeights, Screen, packed_rows
 from bitjax.tokenizer import BYTES, Tokenizer
 
@@ -56,6 +58,11 @@ class Block(nnx.Module):
             x_BxTxD, self.attention_norm, positions_BxT, cache, segments_BxT
         )
         return self.ffn(x_BxTxD, self.ffn_norm), cache
+
+    def of_rows(self, x_RxD: jax.Array, rows: Rows, pages: KVCache) -> tuple[jax.Array, KVCache]:
+        """Returns `[R, D]` and the updated pages; see `Attention.of_rows`."""
+        x_RxD, pages = self.attention.of_rows(x_RxD, self.attention_norm, rows, pages)
+        return self.ffn(x_RxD, self.ffn_norm, rows.count_1), pages
 
 
 class Transformer(nnx.Module):
@@ -136,6 +143,45 @@ class Transformer(nnx.Module):
                 updated.append(layer_cache)
         return self.norm(x_BxTxD), None if cache is None else tuple(updated)
 
+    def extend_rows(self, tokens_R: jax.Array, rows: Rows, pages: Cache) -> tuple[jax.Array, Cache]:
+        """Run new tokens of several sequences, reading and extending pages.
+
+        A row's result is the same to the bit whatever the others are (`bitjax.ops.rows`).
+
+        Returns:
+            Final normed hidden states `[R, D]` and the updated pages.
+        """
+        x_RxD = _look_up(self.embedding.get_value(), tokens_R).astype(self.dtype)
+        updated: list[KVCache] = []
+        for block, layer in zip(self.blocks, pages, strict=True):
+            x_RxD, layer = _paged(*nnx.split(block), x_RxD, rows, layer)
+            updated.append(layer)
+        normed_RxD = row_ops.prepare(
+            x_RxD, rows.count_1, norm=self.norm.scale[...], eps=self.norm.eps, impl=self.impl
+        )
+        return normed_RxD, tuple(updated)
+
+    def logits_of_rows(
+        self, hidden_RxD: jax.Array, ranks_R: jax.Array, count_1: jax.Array
+    ) -> jax.Array:
+        """`next_logits`, each row as if it were alone; of the first `count` rows.
+
+        Args:
+            hidden_RxD: final hidden states.
+            ranks_R: int32, how many of the largest logits shall be exact.
+            count_1: int32 `[1]`.
+        """
+        table_VxD = (self.embedding if self.head is None else self.head).get_value()
+        if self.screen is not None:
+            screen: Screen = self.screen.get_value()
+            return ops.screened_logits(
+                hidden_RxD, table_VxD, screen, ranks_R, impl=self.impl, rows=count_1
+            )[0]
+        if isinstance(table_VxD, PackedWeights):
+            wide_RxD = hidden_RxD.astype(jnp.float32)
+            return ops.packed_matmul(wide_RxD, table_VxD, rows=count_1, impl=self.impl)
+        return row_ops.float_matmul(hidden_RxD, table_VxD, count_1, self.impl)
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 `[..., V]` from final hidden states `[..., D]`."""
         table_VxD = (self.embedding if self.head is None else self.head).get_value()
@@ -173,6 +219,14 @@ def _cached(
 ) -> tuple[jax.Array, KVCache]:
     """A block with a cache: traced and lowered once for all that are alike; XLA inlines it."""
     return nnx.merge(graph, params)(x_BxTxD, positions_BxT, cache)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _paged(
+    graph: Any, params: Any, x_RxD: jax.Array, rows: Rows, pages: KVCache
+) -> tuple[jax.Array, KVCache]:
+    """A block with pages, likewise."""
+    return nnx.merge(graph, params).of_rows(x_RxD, rows, pages)
 
 
 def _rematerialized(

@@ -33,6 +33,7 @@ def packed_matmul(
     norm: jax.Array | None = None,
     eps: float = 0.0,
     residual: jax.Array | None = None,
+    rows: jax.Array | None = None,
     impl: Impl = "auto",
 ) -> jax.Array:
     """Product of int8-quantised activations with packed weights, with what stands around it.
@@ -47,6 +48,8 @@ def packed_matmul(
         norm: float32 `[K]`, the scale of an RMSNorm.
         eps: of the norm.
         residual: `[..., N]` in x's dtype, added to the result.
+        rows: int32 `[1]`; only so many of the first rows, leading axes counted as one, are wanted,
+            and the others of the result mean nothing.
         impl: which implementation, see the module's docstring.
 
     Returns:
@@ -74,17 +77,19 @@ def packed_matmul(
     if impl == "reference" or (impl == "auto" and not ffi.available()):
         return reference.packed_matmul(x, weights, gate, norm, eps, residual)
     if impl == "ffi":
-        return ffi.packed_matmul(x, weights, gate, norm, eps, residual)
+        return ffi.packed_matmul(x, weights, gate, norm, eps, residual, rows)
     if impl != "auto":
         raise ValueError(f"impl={impl!r} is not auto, ffi or reference")
     return jax.lax.platform_dependent(
-        x, weights, norm, residual,
-        cpu=lambda x, w, n, r: ffi.packed_matmul(x, w, gate, n, eps, r),
-        default=lambda x, w, n, r: reference.packed_matmul(x, w, gate, n, eps, r),
+        x, weights, norm, residual, rows,
+        cpu=lambda x, w, n, r, rows: ffi.packed_matmul(x, w, gate, n, eps, r, rows),
+        default=lambda x, w, n, r, rows: reference.packed_matmul(x, w, gate, n, eps, r),
     )  # fmt: skip
 
 
-def dequantized_matmul(x: jax.Array, weights: PackedWeights, impl: Impl = "auto") -> jax.Array:
+def dequantized_matmul(
+    x: jax.Array, weights: PackedWeights, impl: Impl = "auto", rows: jax.Array | None = None
+) -> jax.Array:
     """Product of packed weights with activations that are not quantised: `x @ (w * scale).T`.
 
     The custom call takes x in int8 parts, each what the parts before it left: three leave 254^-3 =
@@ -96,6 +101,7 @@ def dequantized_matmul(x: jax.Array, weights: PackedWeights, impl: Impl = "auto"
         x: float32 or bfloat16 `[..., K]`. A row with a NaN or an infinity gives a row of NaN.
         weights: packed N x K.
         impl: which implementation, see the module's docstring.
+        rows: as of `packed_matmul`.
 
     Returns:
         `[..., N]` in x's dtype.
@@ -112,23 +118,31 @@ def dequantized_matmul(x: jax.Array, weights: PackedWeights, impl: Impl = "auto"
     if impl == "reference" or (impl == "auto" and not ffi.available()):
         return reference.dequantized_matmul(x, weights)
     if impl == "ffi":
-        return _matmul_in_parts(x, weights)
+        return _matmul_in_parts(x, weights, rows)
     if impl != "auto":
         raise ValueError(f"impl={impl!r} is not auto, ffi or reference")
     return jax.lax.platform_dependent(
-        x, weights, cpu=_matmul_in_parts, default=reference.dequantized_matmul
-    )
+        x, weights, rows,
+        cpu=_matmul_in_parts, default=lambda x, w, rows: reference.dequantized_matmul(x, w),
+    )  # fmt: skip
 
 
-def _matmul_in_parts(x: jax.Array, weights: PackedWeights) -> jax.Array:
+def _matmul_in_parts(
+    x: jax.Array, weights: PackedWeights, rows: jax.Array | None = None
+) -> jax.Array:
     """`dequantized_matmul` by the custom call."""
     wide = x.astype(jnp.float32)
     # A power of two, so exactly undone, brings the largest element to 512..1024 (unless it is below
     # 2^-100): int8_per_token's smallest scale is then far below what the last part needs.
     exponent = jnp.frexp(jnp.max(jnp.abs(wide), axis=-1, keepdims=True))[1] - 10
     exponent = jnp.maximum(exponent, -110)
-    parts = reference.int8_parts(jnp.ldexp(wide, -exponent), FLOAT_PARTS[x.dtype.name])
-    y = ffi.packed_matmul(parts, weights, "none", None, 0.0, None).sum(-2)
+    count = FLOAT_PARTS[x.dtype.name]
+    parts = reference.int8_parts(jnp.ldexp(wide, -exponent), count)
+    rows = None if rows is None else rows * count
+    y = ffi.packed_matmul(parts, weights, "none", None, 0.0, None, rows)
+    y = (
+        sum(y[..., i, :] for i in range(1, count)) + y[..., 0, :]
+    )  # in this order, whatever the rows
     return jnp.ldexp(y, exponent).astype(x.dtype)
 
 
@@ -138,6 +152,7 @@ def screened_logits(
     screen: Screen,
     ranks: jax.Array,
     impl: Impl = "auto",
+    rows: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Logits `x @ table.T` of which the largest are exact, mostly at the price of the screen.
 
@@ -155,6 +170,8 @@ def screened_logits(
         screen: of this table.
         ranks: int32 `[...]`, how many of the largest logits shall be exact; 1..V, or the nearest.
         impl: which implementation, see the module's docstring.
+        rows: int32 `[1]`, for x `[R, D]`: only so many rows are wanted, and each is computed as if
+            it were the only one, whatever R is (which else decides in how many parts x is taken).
 
     Returns:
         float32 `[..., V]`, and int32 `[...]`: how many of them are exact.
@@ -174,6 +191,8 @@ def screened_logits(
             f"screened_logits: x has shape {x.shape} and ranks {ranks.shape}; wanted [..., {D}] "
             "and the same leading dimensions"
         )
+    if rows is not None and (impl == "ffi" or (impl == "auto" and ffi.available())):
+        return _screened_rows(x, table_VxD, screen, ranks, rows)
     # Few rows wait for memory, so a second part costs nothing and halves the bound; many do not.
     parts_of_x = 2 if math.prod(x.shape[:-1]) <= TWO_PART_ROWS else 1
     parts = reference.int8_parts(screen.expand(x.astype(jnp.float32)), parts_of_x)
@@ -186,6 +205,16 @@ def screened_logits(
     return jax.lax.platform_dependent(
         *operands, cpu=ffi.screened_logits, default=reference.screened_logits
     )
+
+
+def _screened_rows(
+    x_RxD: jax.Array, table_VxD: jax.Array, screen: Screen, ranks_R: jax.Array, rows_1: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    parts = ffi.screen_parts(x_RxD, screen, rows_1)
+    approximate = ffi.packed_matmul(parts, screen.weights, rows=rows_1)
+    wanted_R = jnp.arange(len(x_RxD)) < rows_1
+    ranks_R = jnp.where(wanted_R, jnp.maximum(ranks_R, 1), -1)
+    return ffi.screened_logits(x_RxD, parts, approximate, table_VxD, screen, ranks_R)
 
 
 def attention_fits(head_dim: int) -> bool:

@@ -120,6 +120,7 @@ def packed_matmul(
     norm: jax.Array | None = None,
     eps: float = 0.0,
     residual: jax.Array | None = None,
+    rows: jax.Array | None = None,
 ) -> jax.Array:
     """`bitjax.ops.packed_matmul` by the active kernel.
 
@@ -133,7 +134,7 @@ def packed_matmul(
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"packed_matmul: x wanted float32 or bfloat16, got {x.dtype}")
     return _call(
-        "bitjax_packed_matmul", x, weights, x.dtype, norm, residual,
+        "bitjax_packed_matmul", x, weights, x.dtype, norm, residual, rows,
         gate=np.int64(_GATES[gate]), eps=np.float32(eps),
     )  # fmt: skip
 
@@ -146,7 +147,7 @@ def packed_matmul_i32(q: jax.Array, weights: PackedWeights) -> jax.Array:
     """
     if q.dtype != jnp.int8:
         raise ValueError(f"packed_matmul_i32: q wanted int8, got {q.dtype}")
-    return _call("bitjax_packed_matmul_i32", q, weights, jnp.dtype(jnp.int32), None, None)
+    return _call("bitjax_packed_matmul_i32", q, weights, jnp.dtype(jnp.int32), None, None, None)
 
 
 def _call(
@@ -156,6 +157,7 @@ def _call(
     dtype: jnp.dtype,
     norm: jax.Array | None,
     residual: jax.Array | None,
+    wanted: jax.Array | None,
     **attributes: np.generic,
 ) -> jax.Array:
     _load()
@@ -174,12 +176,14 @@ def _call(
         residual = jnp.zeros((rows, 0), residual_dtype)
     else:
         residual = residual.reshape(rows, weights.rows)
+    if wanted is None:
+        wanted = jnp.zeros((0,), jnp.int32)
     call = jax.ffi.ffi_call(
         name, jax.ShapeDtypeStruct((rows, weights.rows), dtype), vmap_method="expand_dims"
     )
     y = call(
         x.reshape(rows, features), weights.codes, multipliers, weights.scale.reshape(-1), norm,
-        residual, columns, layout=np.int64(LAYOUTS[weights.layout].number), **attributes,
+        residual, columns, wanted, layout=np.int64(LAYOUTS[weights.layout].number), **attributes,
     )  # fmt: skip
     return y.reshape(*lead, weights.rows)
 
@@ -237,3 +241,90 @@ def screened_logits(
         screen.spreads, screen.norms, ranks.reshape(rows),
     )  # fmt: skip
     return logits.reshape(*lead, V), computed.reshape(lead)
+
+
+def paged_attention(
+    qkv_RxNxh: jax.Array,
+    turn_Rxh: jax.Array,
+    positions_R: jax.Array,
+    sequences_R: jax.Array,
+    tables_QxN: jax.Array,
+    count_1: jax.Array,
+    *cache: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """`bitjax.ops.rows.paged_attention` by the active kernel; the cache in place if donated.
+
+    Raises:
+      ValueError: when the program runs, shapes or dtypes that do not fit, or numbers of rows,
+        sequences or pages out of range.
+      ModuleNotFoundError: the extension is not installed.
+    """
+    _load()
+    R, N, h = qkv_RxNxh.shape
+    heads = N - 2 * cache[0].shape[1]
+    mixed = jax.ShapeDtypeStruct((R, heads * h), qkv_RxNxh.dtype)
+    call = jax.ffi.ffi_call(
+        "bitjax_paged_attention" if len(cache) == 2 else "bitjax_paged_attention_int8",
+        (mixed, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache)),
+        input_output_aliases={6 + i: 1 + i for i in range(len(cache))},
+        vmap_method="sequential",
+    )
+    return tuple(call(qkv_RxNxh, turn_Rxh, positions_R, sequences_R, tables_QxN, count_1, *cache))
+
+
+def prepare(
+    x_RxK: jax.Array, gate: str, norm: jax.Array | None, eps: float, count_1: jax.Array
+) -> jax.Array:
+    """`bitjax.ops.rows.prepare` by the active kernel.
+
+    Raises:
+      ValueError: when the program runs, shapes or dtypes that do not fit.
+      ModuleNotFoundError: the extension is not installed.
+    """
+    _load()
+    R, width = x_RxK.shape
+    shape = jax.ShapeDtypeStruct((R, width if gate == "none" else width // 2), x_RxK.dtype)
+    norm = jnp.zeros((0,), jnp.float32) if norm is None else norm
+    call = jax.ffi.ffi_call("bitjax_prepare", shape, vmap_method="sequential")
+    return call(x_RxK, norm, count_1, gate=np.int64(_GATES[gate]), eps=np.float32(eps))
+
+
+def float_matmul(x_RxK: jax.Array, table_NxK: jax.Array, count_1: jax.Array) -> jax.Array:
+    """`bitjax.ops.rows.float_matmul` by the active kernel.
+
+    Raises:
+      ValueError: when the program runs, shapes or dtypes that do not fit.
+      ModuleNotFoundError: the extension is not installed.
+    """
+    _load()
+    shape = jax.ShapeDtypeStruct((len(x_RxK), len(table_NxK)), jnp.float32)
+    call = jax.ffi.ffi_call("bitjax_float_matmul", shape, vmap_method="sequential")
+    return call(x_RxK, table_NxK, count_1)
+
+
+def screen_parts(x_RxD: jax.Array, screen: Screen, count_1: jax.Array) -> jax.Array:
+    """`int8_parts(screen.expand(x), 1)`, float32 `[R, 1, E]`, by the active kernel.
+
+    Raises:
+      ValueError: when the program runs, shapes or dtypes that do not fit.
+      ModuleNotFoundError: the extension is not installed.
+    """
+    _load()
+    shape = jax.ShapeDtypeStruct((len(x_RxD), 1, screen.weights.cols), jnp.float32)
+    call = jax.ffi.ffi_call("bitjax_screen_parts", shape, vmap_method="sequential")
+    return call(x_RxD.astype(jnp.float32), screen.dither, count_1)
+
+
+def sample(logits: np.ndarray, *operands: np.ndarray) -> None:
+    """Draws tokens; operands as of `sample` in ffi/module.cc, the last four of them results.
+
+    Raises:
+      ValueError: sizes that do not fit, or numbers out of range.
+      ModuleNotFoundError: the extension is not installed.
+    """
+    _load().sample(logits, *operands)
+
+
+def noise(seed: int, sample: int, position: int) -> float:
+    """The number in (0, 1) that decides the token of this position; see ffi/sampling.h."""
+    return float(_load().noise(seed, sample, position))

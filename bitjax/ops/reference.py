@@ -213,38 +213,84 @@ def cached_attention(
     qkv_BxTxNxh: jax.Array, turn_BxTxh: jax.Array, positions_BxT: jax.Array, *cache: jax.Array
 ) -> tuple[jax.Array, ...]:
     """Turn, store, attend; see `bitjax.ops`. Float32 but for what is stored."""
-    G = cache[0].shape[1]
+    q, k, v = _turned(qkv_BxTxNxh, turn_BxTxh, cache[0].shape[1])
     S = cache[0].shape[2] * KEY_BLOCK
-    B, _, N, h = qkv_BxTxNxh.shape
-    H = N - 2 * G
-    turned = rotate(qkv_BxTxNxh[:, :, : H + G], turn_BxTxh)
-    q, k, v = turned[:, :, :H], turned[:, :, H:], qkv_BxTxNxh[:, :, H + G :]
-    row = jnp.arange(B)[:, None]
     slot = jnp.where(positions_BxT < 0, S, positions_BxT)  # a negative one would count from the end
+    cache = _stored(jnp.arange(len(slot))[:, None], slot, k, v, cache)
+    mixed = attend(q, *_widened(cache), slot)
+    return mixed.astype(qkv_BxTxNxh.dtype), *cache
+
+
+def paged_attention(
+    qkv_RxNxh: jax.Array,
+    turn_Rxh: jax.Array,
+    positions_R: jax.Array,
+    sequences_R: jax.Array,
+    tables_QxN: jax.Array,
+    count_1: jax.Array,
+    *cache: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Turn, store, attend; see `bitjax.ops.rows`. Every row has its pages gathered for it."""
+    R, P, G = len(positions_R), len(cache[0]), cache[0].shape[1]
+    q, k, v = _turned(qkv_RxNxh[:, None], turn_Rxh[:, None], G)
+    pages_RxN = tables_QxN[sequences_R]
+    page_R = pages_RxN[jnp.arange(R), positions_R // KEY_BLOCK]
+    page_R = jnp.where(jnp.arange(R) < count_1[0], page_R, P)  # outside: not stored
+    cache = _stored(page_R[:, None], (positions_R % KEY_BLOCK)[:, None], k, v, cache)
+    gathered = []
+    for axis, array in enumerate(cache):
+        whole = array[pages_RxN]  # [R, N, G, ...], slots behind: in blocks, plain, and of scales
+        if axis == 0:
+            gathered.append(whole.swapaxes(1, 2)[:, :, :, 0])
+        elif axis == 1:
+            whole = whole.swapaxes(1, 2)
+            gathered.append(whole.reshape(R, G, -1, *whole.shape[4:]))
+        else:
+            gathered.append(whole.transpose(0, 2, 3, 1, 4).reshape(R, G, 2, -1))
+    mixed = attend(q, *_widened(tuple(gathered)), positions_R[:, None])
+    return mixed[:, 0].astype(qkv_RxNxh.dtype), *cache
+
+
+def _turned(
+    qkv_BxTxNxh: jax.Array, turn_BxTxh: jax.Array, G: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries and keys, turned, and values."""
+    H = qkv_BxTxNxh.shape[2] - 2 * G
+    turned = rotate(qkv_BxTxNxh[:, :, : H + G], turn_BxTxh)
+    return turned[:, :, :H], turned[:, :, H:], qkv_BxTxNxh[:, :, H + G :]
+
+
+def _stored(
+    row: jax.Array, slot: jax.Array, k: jax.Array, v: jax.Array, cache: tuple[jax.Array, ...]
+) -> tuple[jax.Array, ...]:
+    """The cache with keys and values `[B, T, G, h]` put at slots of rows; outside it, nowhere."""
+    every = slice(None)
     block, place = slot // KEY_BLOCK, slot % KEY_BLOCK
 
     def put(where: jax.Array, index: tuple[object, ...], x: jax.Array) -> jax.Array:
         return where.at[index].set(x.astype(where.dtype), mode="drop")
 
-    every = slice(None)
     if len(cache) == 2:
         keys = put(cache[0], (row, every, block, every, place), k)
-        values = put(cache[1], (row, every, slot), v)
-        cache = (keys, values)
-        k_BxGxSxh = keys.swapaxes(3, 4).reshape(B, G, S, h).astype(jnp.float32)
-        v_BxGxSxh = values.astype(jnp.float32)
-    else:
-        (k, k_scale), (v, v_scale) = quantize_slot(k), quantize_slot(v)
-        keys = put(cache[0], (row, every, block, every, place), k.reshape(*k.shape[:-1], h // 2, 2))
-        values = put(cache[1], (row, every, slot // 2, every, slot % 2), v)
-        scales = put(cache[2], (row, every, 0, slot), k_scale)
-        scales = put(scales, (row, every, 1, slot), v_scale)
-        cache = (keys, values, scales)
-        wide_BxGx2xSx1 = scales.astype(jnp.float32)[..., None]
-        k_BxGxSxh = keys.swapaxes(3, 4).reshape(B, G, S, h) * wide_BxGx2xSx1[:, :, 0]
-        v_BxGxSxh = values.swapaxes(3, 4).reshape(B, G, S, h) * wide_BxGx2xSx1[:, :, 1]
-    mixed = attend(q, k_BxGxSxh, v_BxGxSxh, slot)
-    return mixed.astype(qkv_BxTxNxh.dtype), *cache
+        return keys, put(cache[1], (row, every, slot), v)
+    (k, k_scale), (v, v_scale) = quantize_slot(k), quantize_slot(v)
+    pairs = k.reshape(*k.shape[:-1], k.shape[-1] // 2, 2)
+    keys = put(cache[0], (row, every, block, every, place), pairs)
+    values = put(cache[1], (row, every, slot // 2, every, slot % 2), v)
+    scales = put(cache[2], (row, every, 0, slot), k_scale)
+    return keys, values, put(scales, (row, every, 1, slot), v_scale)
+
+
+def _widened(cache: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of a cache as float32 `[B, G, S, h]`."""
+    keys, values = cache[:2]
+    B, G, blocks = keys.shape[:3]
+    k = keys.swapaxes(3, 4).reshape(B, G, blocks * KEY_BLOCK, -1)
+    if len(cache) == 2:
+        return k.astype(jnp.float32), values.astype(jnp.float32)
+    wide_BxGx2xSx1 = cache[2].astype(jnp.float32)[..., None]
+    v = values.swapaxes(3, 4).reshape(k.shape)
+    return k * wide_BxGx2xSx1[:, :, 0], v * wide_BxGx2xSx1[:, :, 1]
 
 
 def _product(x: jax.Array, w_NxK: jax.Array, accumulator: type) -> jax.Array:

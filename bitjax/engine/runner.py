@@ -1,0 +1,145 @@
+"""The model at work: pages of the cache, and the compiled programs that read and extend them.
+
+A step runs rows, tokens of many sequences, through the layers, then the head for those rows whose
+next token is wanted. Programs are compiled for a few numbers of rows; how many of them count is a
+number the custom calls read, so the rest costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from bitjax.config import CacheDType
+from bitjax.infer.programs import Program
+from bitjax.model import Cache, KVCache, Transformer
+from bitjax.model.layers import rotary_angles, rotary_frequencies
+from bitjax.ops.rows import PAGE, Rows
+
+BUCKETS = (1, 8, 32, 128, 512, 2048)  # rows of a program
+TURNS = 256  # positions whose angles one program computes, always as many: so always the same
+
+
+class Runner:
+    """A model and its pages.
+
+    Args:
+        model: float or packed.
+        cache_dtype: of the pages; the model's if None.
+        pages: how many.
+        tables: sequences that run together at most.
+        context: tokens that a sequence may have.
+    """
+
+    def __init__(
+        self, model: Transformer, cache_dtype: CacheDType | None, pages: int, tables: int,
+        context: int,
+    ) -> None:  # fmt: skip
+        config = model.config
+        self.leaves, tree = jax.tree.flatten(nnx.split(model))
+        self.tables_QxN = np.zeros((tables, -(-context // PAGE)), np.int32)
+        self._run = Program(functools.partial(_run, tree), donate=1)
+        self._head = Program(functools.partial(_head, tree))
+        self._copy = Program(_copy, donate=0)
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+        make = Program(lambda: model.empty_cache(pages, PAGE, cache_dtype))
+        self._cache: Cache = make()
+        frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        angles = Program(functools.partial(rotary_angles, frequencies=frequencies))
+        turns = [
+            np.asarray(angles(np.arange(first, first + TURNS, dtype=np.int32)[None]))[0]
+            for first in range(0, self.tables_QxN.shape[1] * PAGE, TURNS)
+        ]
+        self._turns_Sxh = jnp.asarray(np.concatenate(turns))
+
+    def run(self, tokens: np.ndarray, positions: np.ndarray, sequences: np.ndarray) -> jax.Array:
+        """Run tokens of sequences, whose pages `tables_QxN` has; all int32 `[rows]`.
+
+        Returns:
+            Final hidden states of at least so many rows.
+        """
+        count = len(tokens)
+        rows_3xR = np.zeros((3, bucket(count)), np.int32)
+        rows_3xR[0, :count], rows_3xR[1, :count], rows_3xR[2, :count] = tokens, positions, sequences
+        operands = (
+            self.leaves, self._cache, rows_3xR, self.tables_QxN, np.array([count], np.int32),
+            self._turns_Sxh,
+        )  # fmt: skip
+        key = "run", rows_3xR.shape[1]
+        if key not in self._compiled:
+            self._compiled[key] = self._run.compiled(*operands)
+        hidden_RxD, self._cache = self._compiled[key](*operands)
+        return hidden_RxD
+
+    def logits(self, hidden_RxD: jax.Array, rows: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+        """Float32 logits `[at least rows, V]` of some rows of hidden states.
+
+        Args:
+            hidden_RxD: of `run`.
+            rows: int32, which.
+            ranks: int32, how many of the largest logits of each shall be exact.
+        """
+        count = len(rows)
+        wanted_2xS = np.zeros((2, bucket(count)), np.int32)
+        wanted_2xS[0, :count], wanted_2xS[1, :count] = rows, ranks
+        operands = self.leaves, hidden_RxD, wanted_2xS, np.array([count], np.int32)
+        key = "head", hidden_RxD.shape[0], wanted_2xS.shape[1]
+        if key not in self._compiled:
+            self._compiled[key] = self._head.compiled(*operands)
+        return np.asarray(self._compiled[key](*operands))
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy a page."""
+        operands = self._cache, np.array([source, target], np.int32)
+        if "copy" not in self._compiled:
+            self._compiled["copy"] = self._copy.compiled(*operands)
+        self._cache = self._compiled["copy"](*operands)
+
+
+def bucket(rows: int) -> int:
+    """Rows of the program that runs so many."""
+    index = bisect.bisect_left(BUCKETS, rows)
+    return BUCKETS[index] if index < len(BUCKETS) else -(-rows // BUCKETS[-1]) * BUCKETS[-1]
+
+
+def page_bytes(model: Transformer, cache_dtype: CacheDType | None) -> int:
+    """Of all layers."""
+    shapes = jax.eval_shape(lambda: model.empty_cache(1, PAGE, cache_dtype))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+
+def _run(
+    tree: Any,
+    leaves: list[Any],
+    cache: Cache,
+    rows_3xR: jax.Array,
+    tables_QxN: jax.Array,
+    count_1: jax.Array,
+    turns_Sxh: jax.Array,
+) -> tuple[jax.Array, Cache]:
+    model: Transformer = nnx.merge(*jax.tree.unflatten(tree, leaves))
+    tokens_R, positions_R, sequences_R = rows_3xR
+    rows = Rows(positions_R, sequences_R, tables_QxN, turns_Sxh[positions_R], count_1)
+    return model.extend_rows(tokens_R, rows, cache)
+
+
+def _head(
+    tree: Any, leaves: list[Any], hidden_RxD: jax.Array, wanted_2xS: jax.Array, count_1: jax.Array
+) -> jax.Array:
+    model: Transformer = nnx.merge(*jax.tree.unflatten(tree, leaves))
+    return model.logits_of_rows(hidden_RxD[wanted_2xS[0]], wanted_2xS[1], count_1)
+
+
+def _copy(cache: Cache, pages_2: jax.Array) -> Cache:
+    def copied(x: jax.Array) -> jax.Array:
+        page = jax.lax.dynamic_index_in_dim(x, pages_2[0], keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(x, page, pages_2[1], 0)
+
+    return tuple(KVCache(*map(copied, layer.arrays)) for layer in cache)
