@@ -105,11 +105,12 @@ def run_batch(
     if batch.output.suffix == ".parquet":
         require_package("pyarrow")  # now, not after hours
     source, state = batch.source, batch.source.state()
-    job = _job(batch, model)
+    engine = Engine(model, batch.engine)
+    job = _job(batch, model, engine.context)
     total = job["lines"]
     ordered = batch.config.order == "input"
     with Results(batch.records, job, total, ordered, batch.overwrite) as results:
-        loop = _Loop(batch, model, results, total, on_progress)
+        loop = _Loop(batch, engine, results, total, on_progress)
         if results.complete and batch.output.exists():
             return loop.progress()
         if results.done < total:
@@ -124,7 +125,7 @@ def run_batch(
         return loop.progress()
 
 
-def _job(batch: Batch, model: Transformer) -> dict[str, Any]:
+def _job(batch: Batch, model: Transformer, context: int) -> dict[str, Any]:
     """What decides the records; a job goes on only where all of it is the same."""
     config = asdict(batch.config)
     return {
@@ -132,12 +133,12 @@ def _job(batch: Batch, model: Transformer) -> dict[str, Any]:
         "input": batch.source.digest(),
         "lines": batch.source.count(),
         "order": config.pop("order"),
-        "settings": {**config, "keep": [*batch.config.keep], **batch.settings,
-                     "context": batch.engine.context},
+        "settings": {**config, "keep": [*batch.config.keep], **batch.settings},
+        "context": context,  # what memory leaves may be less than the model's
         "cache": batch.engine.cache_dtype,
         "chat template": batch.template,
         "model": sampled_fingerprint(model),
-    }  # fmt: skip
+    }
 
 
 def _require_same(source: Source, state: tuple[int, int, int]) -> None:
@@ -154,12 +155,12 @@ class _Loop:
     """The part that holds the engine."""
 
     def __init__(
-        self, batch: Batch, model: Transformer, results: Results, total: int,
+        self, batch: Batch, engine: Engine, results: Results, total: int,
         on_progress: Callable[[Progress], None],
     ) -> None:  # fmt: skip
         self.batch, self.results, self.total = batch, results, total
         self.on_progress = on_progress
-        self.engine = Engine(model, batch.engine)
+        self.engine = engine
         self.began = time.monotonic()
         self.before = results.done
         self.errors = self.prompt_tokens = self.tokens = 0
