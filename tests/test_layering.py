@@ -22,7 +22,7 @@ LAYERS = [
     {"demo", "inspection", "conversion", "bench", "chat"},
     {"protocol", "generation"},
     {"batch", "language_model", "serve"},
-    {"cli_batch", "cli_corpus", "evaluation", "evaluation_text", "harness"},
+    {"cli_batch", "cluster", "cli_corpus", "evaluation", "evaluation_text", "harness"},
     {"cli_eval", "cli_serve"},
     {"cli"},
 ]

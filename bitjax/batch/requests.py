@@ -76,17 +76,25 @@ class Reader:
         encoder: of the model.
         config: of the job.
         settings: by their names in bodies, where lines do not say otherwise.
+        unique: whether ids must be.
 
     Raises:
         ValueError: settings that no line could use.
     """
 
-    def __init__(self, encoder: Encoder, config: BatchConfig, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        config: BatchConfig,
+        settings: Mapping[str, Any],
+        unique: bool = True,
+    ) -> None:
         self._encoder = encoder
         self._config = config
         self._settings = dict(settings)
         if type(tokens := settings.get("max_tokens")) is int:
             self._settings["max_tokens"] = min(tokens, encoder.context)
+        self._unique = unique
         self._ids: set[bytes] = set()
         self._call("chat", {"messages": [{"role": "user", "content": "a"}]}, self._plain_defaults)
 
@@ -161,7 +169,8 @@ class Reader:
         digest = hashlib.blake2b(unicode(found, name).encode(), digest_size=12).digest()
         if digest in self._ids:
             raise BadRequest(f"{name}={shown(found)} is that of an earlier line", name)
-        self._ids.add(digest)
+        if self._unique:
+            self._ids.add(digest)
         return found
 
     def _plain(self, value: dict[str, Any]) -> Call:
