@@ -230,7 +230,8 @@ def record_of(
     answers = Answers.now("", item.call, model, encoder.tokenizer)
     found = [_said(answers, choice) for choice in completion.choices]
     record.update(found[0] if item.call.sampling.n == 1 else {"choices": found})
-    return record | {"usage": usage(completions)}  # no times: equal jobs give equal bytes
+    # Nothing that another run would have otherwise: equal jobs give equal bytes.
+    return record | {"usage": usage(completions, shared=False)}
 
 
 def _said(answers: Answers, choice: Choice) -> dict[str, Any]:

@@ -141,14 +141,15 @@ class Answers:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-def usage(completions: Sequence[Completion]) -> dict[str, Any]:
-    """Tokens of all prompts and answers."""
+def usage(completions: Sequence[Completion], shared: bool = True) -> dict[str, Any]:
+    """Tokens of all prompts and answers; `shared` ones depend on what else ran."""
     found: list[Usage] = [completion.usage for completion in completions]
     prompt, made = sum(u.prompt_tokens for u in found), sum(u.completion_tokens for u in found)
-    return {
-        "prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
-        "prompt_tokens_details": {"cached_tokens": sum(u.cached_tokens for u in found)},
-    }  # fmt: skip
+    counts = {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+    if not shared:
+        return counts
+    cached = sum(u.cached_tokens for u in found)
+    return {**counts, "prompt_tokens_details": {"cached_tokens": cached}}
 
 
 def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:

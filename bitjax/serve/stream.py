@@ -71,6 +71,7 @@ class EventStream(Response):
             abort: Callable[[], None] | None = scope.get(ABORT)
             if abort is not None:
                 abort()  # closing would wait for the client to read
+                await asyncio.wait({self._watcher}, timeout=1.0)  # until uvicorn knows of it
         finally:
             end(self._worker, self._ticket, self._watcher, slow)
 
