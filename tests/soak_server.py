@@ -237,15 +237,16 @@ def main():
             [sys.executable, "-m", "bitjax.cli", "serve", str(path), "--port", "0",
              "--sequences", "16", "--queue", "32", "--max-body", "1000000", "--idle-seconds", "2",
              "--send-seconds", "1", "--connections", "200"],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE, stderr=(Path(folder) / "stderr").open("w"), text=True,
         )  # fmt: skip
         try:
-            run(process, arguments)
+            run(process, arguments, Path(folder) / "stderr")
         finally:
             process.kill()
+            print((Path(folder) / "stderr").read_text()[-5000:])
 
 
-def run(process, arguments):
+def run(process, arguments, log):
     """Send everything, and look at what is left."""
     address = process.stdout.readline().split()[4].rstrip(";")
     soak = Soak(address, arguments.requests, arguments.seed)
@@ -271,7 +272,8 @@ def run(process, arguments):
     time.sleep(4)  # connections without requests are closed
     last = held(process)
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=90)
+    process.communicate(timeout=90)
+    error = log.read_text()
     for outcome, count in sorted(soak.counts.items()):
         print(f"{count:7,}  {outcome}")
     bad = {}

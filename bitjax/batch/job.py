@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bitjax.batch.lines import Line, Source
-from bitjax.batch.requests import Item, Reader, record_of
+from bitjax.batch.requests import Item, Reader, check_settings, record_of
 from bitjax.batch.results import Results, beside
 from bitjax.batch.tables import write_table
 from bitjax.config import BatchConfig, EngineConfig
@@ -106,6 +106,7 @@ def run_batch(
         require_package("pyarrow")  # now, not after hours
     source, state = batch.source, batch.source.state()
     engine = Engine(model, batch.engine)
+    check_settings(batch.settings, engine.context)
     job = _job(batch, model, engine.context)
     total = job["lines"]
     ordered = batch.config.order == "input"

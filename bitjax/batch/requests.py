@@ -96,7 +96,7 @@ class Reader:
             self._settings["max_tokens"] = min(tokens, encoder.context)
         self._unique = unique
         self._ids: set[bytes] = set()
-        self._call("chat", {"messages": [{"role": "user", "content": "a"}]}, self._plain_defaults)
+        check_settings(self._plain_defaults, encoder.context)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -203,6 +203,17 @@ class Reader:
             body = {**defaults, **given}
         parse = chat_call if kind == "chat" else completion_call
         return parse(body, self._encoder.context)
+
+
+def check_settings(settings: Mapping[str, Any], context: int) -> None:
+    """That settings make sense, before any line is read.
+
+    Raises:
+        ValueError: saying what does not.
+    """
+    tokens = settings.get("max_tokens")
+    most = max(context, tokens) if type(tokens) is int else context
+    chat_call({**settings, "messages": [{"role": "user", "content": "a"}]}, most)
 
 
 def _is_openai(value: Mapping[str, Any]) -> bool:

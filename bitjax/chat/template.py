@@ -100,7 +100,8 @@ def _found(results: list[dict[str, str]]) -> list[str | ValueError]:
 class Renderer:
     """`render_all` for whoever renders often: its process stays, and starts children in 2 ms.
 
-    Threads may share one. `close` it, or use it as a context manager.
+    Threads may share one. `close` it, or use it as a context manager; else the garbage collector
+    ends the process.
     """
 
     def __init__(self) -> None:
@@ -152,6 +153,9 @@ class Renderer:
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()  # type: ignore[union-attr]
             process.wait()
+
+    def __del__(self) -> None:
+        self._end()
 
     def __enter__(self) -> Renderer:
         return self

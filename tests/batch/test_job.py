@@ -284,6 +284,7 @@ def test_command_line(path, source, whole, tmp_path, capsys):
         (("--keep", "index"), "batch.keep has index, which results have anyway"),
         (("--sequences", 0), "max_sequences=0 is below 1"),
         (("--samples", 2, "--temperature", 0), "n=2 samples at temperature 0"),
+        (("--max-new-tokens", 0), "max_tokens=0 is not an integer in 1..48"),
         (("-o", tmp_path / "out.txt"), "out.txt: the output's name should end in .jsonl, .csv or"),
     ):
         status, _, said = run(*more)
