@@ -135,7 +135,7 @@ using ColumnProduct = void (*)(const uint8_t* tile, int64_t k, const SparseRow& 
 template <typename W>
 using Dot = float (*)(const float* x, const W* w, int64_t k);
 
-// The largest of n > 0 values, NaN if one is; and the sum of e^((x_i - most) * scale), in 16 sums of every
+// The largest of n > 0 values, NaN if one is NaN or infinite; and the sum of e^((x_i - most) * scale), in 16 sums of every
 // sixteenth value, folded in halves (rows.h).
 using LargestOf = float (*)(const float* x, int64_t n);
 using SumExponentials = float (*)(const float* x, int64_t n, float most, float scale);

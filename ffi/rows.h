@@ -252,7 +252,7 @@ float dot(const float* x, const W* w, int64_t k) {
   return result;
 }
 
-// The largest of n > 0 values; NaN if one is NaN or an infinity above all, for comparisons lose NaNs.
+// The largest of n > 0 values; NaN if one is NaN or an infinity, for comparisons lose NaNs.
 inline float largest(const float* x, int64_t n) {
   Float16 top = x[0];
   Float16 poison = {};

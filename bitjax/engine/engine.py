@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from bitjax.config import EngineConfig
+from bitjax.engine.constraint import Constraints, Matcher
 from bitjax.engine.pages import PageStore, pages_for
 from bitjax.engine.request import Completion, Delta, Request, Sampling, TokenLogprob, failed
 from bitjax.engine.runner import Runner
@@ -83,6 +84,7 @@ class Engine:
         self._runner = runner
         self._store = PageStore(pages, self.config.sharing)
         self._scheduler = Scheduler(self.config, self._store, runner)
+        self._constraints = Constraints(self.tokenizer, self.vocab_size)
         self._lock = threading.Lock()
         self._jobs: dict[str, Job] = {}
         self._arrived: list[Job] = []
@@ -122,7 +124,10 @@ class Engine:
                 f"the request may need {pages_for(len(prompt) + room)} pages of the cache; it has "
                 f"{self._store.count}"
             )
-        job = Job(request, prompt, [self._sequence(prompt, sampling, room, index)
+        matcher = None
+        if sampling.constraint is not None:
+            matcher = self._constraints.matcher(sampling.constraint)
+        job = Job(request, prompt, [self._sequence(prompt, sampling, room, index, matcher)
                                     for index in range(sampling.n)])  # fmt: skip
         with self._lock:
             if request.id in self._jobs:
@@ -192,11 +197,15 @@ class Engine:
             )
         return tokens
 
-    def _sequence(self, prompt: list[int], sampling: Sampling, room: int, index: int) -> Sequence:
+    def _sequence(
+        self, prompt: list[int], sampling: Sampling, room: int, index: int, matcher: Matcher | None
+    ) -> Sequence:
         ends = {*sampling.stop_ids, *(() if sampling.ignore_eos else self.tokenizer.stop)}
         writer = TextWriter(self.tokenizer, sampling, room, ends)
-        guesses = bool(self.config.lookup) and sampling.lookup
-        return Sequence(index, prompt, writer, Edits(sampling, prompt), guesses)
+        guesses = bool(self.config.lookup) and sampling.lookup and matcher is None
+        sequence = Sequence(index, prompt, writer, Edits(sampling, prompt), guesses)
+        sequence.matcher = None if matcher is None else matcher.copy()
+        return sequence
 
     def _run(self, plan: list[tuple[Sequence, int]]) -> list[Delta]:
         """Run the rows of a plan, draw, and pass on."""
@@ -254,7 +263,8 @@ class Engine:
             values = None
             if sequence.edited:
                 values = edits.arrays[0].copy(), edits.arrays[1].copy()
-            yield Draw(0, sampling, sequence.index, position, values)
+            mask = None if sequence.matcher is None else sequence.matcher.mask()
+            yield Draw(0, sampling, sequence.index, position, values, mask)
             position += 1
         for guess, before in reversed(taken):
             edits.remove(guess, before)
@@ -267,6 +277,10 @@ class Engine:
         kept: list[int] = []
         text = ""
         for i, token in enumerate(drawn):
+            if token == NOTHING_ALLOWED and sequence.matcher and sequence.matcher.may_end:
+                sequence.reason = "stop"
+                text += sequence.writer.finish()
+                break
             if token < 0:
                 what = "no token is allowed" if token == NOTHING_ALLOWED else (
                     "the model gave logits that are not finite")  # fmt: skip
@@ -277,11 +291,14 @@ class Engine:
             sequence.edits.add(token)
             text += sequence.writer.feed(token)
             sequence.reason = sequence.writer.finish_reason  # type: ignore[assignment]
+            text += self._follow(sequence, token)
             if sequence.reason or i == len(guesses) or guesses[i] != token:
                 break
         right = max(0, len(kept) - 1)  # those run behind their guess
         self._store.extend(sequence.pages, sequence.done, kept[:right])
         sequence.done += right
+        if sequence.lookup is not None:
+            sequence.lookup.learn(len(guesses), right)
         sequence.guessed += len(guesses)
         sequence.accepted += right
         about = tuple(lp for lp in logprobs[: len(kept)] if lp is not None)
@@ -293,6 +310,19 @@ class Engine:
         sequence.guesses = []
         job.first_token = job.first_token or job.since()
         return self._delta(sequence, text, tuple(kept), about)
+
+    def _follow(self, sequence: Sequence, token: int) -> str:
+        """Tell the constraint of a token; text that is released when it ends the sequence."""
+        if sequence.matcher is None or sequence.reason:
+            return ""
+        complaint = sequence.matcher.take(token)
+        if complaint:
+            sequence.fail(f"the constraint failed at position {len(sequence.tokens)}: {complaint}")
+            return ""
+        if not sequence.matcher.complete:
+            return ""
+        sequence.reason = "stop"
+        return sequence.writer.finish()
 
     def _delta(
         self,

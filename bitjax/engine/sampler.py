@@ -32,10 +32,12 @@ class Edits:
         self._tokens = np.zeros(8, np.int32)
         self._values = np.zeros((8, 3), np.float32)  # seen, count, bias
         for token, bias in sampling.logit_bias.items():
-            self._values[self._place(token), 2] = bias
+            place = self._place(token)
+            self._values[place, 2] = bias
         if self.repeats:
             for token in prompt:
-                self._values[self._place(token), 0] = 1
+                place = self._place(token)
+                self._values[place, 0] = 1
 
     def add(self, token: int) -> None:
         """A token was generated."""
@@ -155,11 +157,11 @@ def sample(
                drawn, logprobs, top_tokens, top_logprobs)  # fmt: skip
     about: list[TokenLogprob | None] = []
     for i, draw in enumerate(draws):
-        wanted = draw.sampling.logprobs
-        if wanted is None or drawn[i] < 0:
+        asked = draw.sampling.logprobs
+        if asked is None or drawn[i] < 0:
             about.append(None)
             continue
-        pairs = zip(top_tokens[i, :wanted].tolist(), top_logprobs[i, :wanted].tolist(), strict=True)
+        pairs = zip(top_tokens[i, :asked].tolist(), top_logprobs[i, :asked].tolist(), strict=True)
         top = tuple(pair for pair in pairs if pair[0] >= 0)
         about.append(TokenLogprob(int(drawn[i]), float(logprobs[i]), top))
     return drawn, about

@@ -172,6 +172,8 @@ class Scheduler:
             spare = self.config.lookup_rows - rows
             if sequence.lookup is None or spare <= 0 or len(generating) < len(self.running):
                 continue
+            if not sequence.lookup.worth(rows):
+                continue
             most = min(self.config.lookup, spare, sequence.room - 1)
             sequence.guesses = sequence.lookup.guess(sequence.tokens, most)
             rows += len(sequence.guesses)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from bitjax.engine.constraint import Matcher
 from bitjax.engine.lookup import Lookup
 from bitjax.engine.pages import Page
 from bitjax.engine.request import (
@@ -78,6 +79,7 @@ class Sequence:
         done: tokens whose keys and values are in the pages.
         pages: of the cache, the first slots first.
         table: row of the page tables while it runs, else -1.
+        matcher: of its constraint.
         passed: how often another was admitted before it.
         reason: why it finished; empty until then.
     """
@@ -93,6 +95,7 @@ class Sequence:
         self.edits = edits
         self.edited = bool(len(edits.arrays[0])) or edits.repeats or edits.counts
         self.lookup = Lookup() if guesses else None
+        self.matcher: Matcher | None = None
         self.guesses: list[int] = []  # run behind the tokens in this step
         self.done = 0
         self.pages: list[Page] = []

@@ -60,6 +60,14 @@ class TextWriter:
             return self._release(len(self._held))
         return self._release(len(self._held) - self._possible_stop())
 
+    def finish(self) -> str:
+        """End the text here, as a stop would; releases what was held back."""
+        if self.finish_reason:
+            return ""
+        self._held += self._decoder.finish()
+        self.finish_reason = "stop"
+        return self._release(len(self._held))
+
     def _release(self, count: int) -> str:
         piece, self._held = self._held[:count], self._held[count:]
         self.text += piece

@@ -126,7 +126,9 @@ class BitLinear(nnx.Module):
         """`residual + linear(norm(gate(x)))`: `[..., K]` (with a gate `[..., 2K]`) to `[..., N]`.
 
         With `rows`, int32 `[1]`, x is `[R, K]`, of which so many rows are wanted, and each is
-        computed as if it were alone (`bitjax.ops.rows`). The neighbours are arguments so that the packed product can take them in: it then computes
+        computed as if it were alone (`bitjax.ops.rows`).
+
+        The neighbours are arguments so that the packed product can take them in: it then computes
         in float32 from gate to sum, and nothing between travels to memory.
         """
         weight = self.weight.get_value()

@@ -10,7 +10,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from typing import Literal
 
 import jax
@@ -140,9 +142,7 @@ def _matmul_in_parts(
     parts = reference.int8_parts(jnp.ldexp(wide, -exponent), count)
     rows = None if rows is None else rows * count
     y = ffi.packed_matmul(parts, weights, "none", None, 0.0, None, rows)
-    y = (
-        sum(y[..., i, :] for i in range(1, count)) + y[..., 0, :]
-    )  # in this order, whatever the rows
+    y = functools.reduce(operator.add, (y[..., i, :] for i in range(count)))  # in this order
     return jnp.ldexp(y, exponent).astype(x.dtype)
 
 

@@ -330,6 +330,55 @@ void test_rows(const Kernel& kernel) {
   test_exponential(kernel);
 }
 
+// ---- sums over a row -----------------------------------------------------------------------------
+
+void test_sums(const Kernel& kernel) {
+  const Kernel scalar = scalar_kernel();
+  for (const int64_t n : {1, 15, 16, 17, 63, 64, 65, 80, 1000}) {
+    const std::string size = " n=" + std::to_string(n);
+    const std::vector<float> values = normals(n);
+    const std::vector<float> weights = normals(n);
+    std::vector<uint16_t> halves;
+    for (const float w : weights) halves.push_back(round_to_bf16(w));
+    const Buffer<float> x(values, odd());
+    const Buffer<float> w(weights, odd());
+    const Buffer<uint16_t> h(halves, odd());
+    double dot = 0;
+    double half_dot = 0;
+    double sizes = 0;
+    double powers = 0;
+    const float most = *std::max_element(values.begin(), values.end());
+    for (size_t i = 0; i < values.size(); ++i) {
+      dot += static_cast<double>(values[i]) * weights[i];
+      half_dot += static_cast<double>(values[i]) * widen(halves[i]);
+      sizes += std::fabs(static_cast<double>(values[i]) * weights[i]);
+      powers += std::exp((static_cast<double>(values[i]) - most) * 0.7);
+    }
+    const double bound = static_cast<double>(n + 8) * 0x1p-24 * 1.01 * sizes;
+    const float got = kernel.dot_f32(x.get(), w.get(), n);
+    check(kernel, std::fabs(got - dot) <= bound, "dot_f32," + size);
+    check(kernel, got == scalar.dot_f32(x.get(), w.get(), n), "dot_f32: the same bits," + size);
+    const float half = kernel.dot_bf16(x.get(), h.get(), n);
+    check(kernel, std::fabs(half - half_dot) <= bound, "dot_bf16," + size);
+    check(kernel, half == scalar.dot_bf16(x.get(), h.get(), n), "dot_bf16: the same bits," + size);
+    check(kernel, kernel.largest(x.get(), n) == most, "largest," + size);
+    const float sum = kernel.sum_exponentials(x.get(), n, most, 0.7F);
+    check(kernel, std::fabs(sum - powers) <= 1e-6 * powers, "sum_exponentials," + size);
+    check(kernel, sum == scalar.sum_exponentials(x.get(), n, most, 0.7F),
+          "sum_exponentials: the same bits," + size);
+    for (const float bad : {NAN, INFINITY, -INFINITY}) {
+      std::vector<float> spoilt = values;
+      spoilt[static_cast<size_t>(uniform(0, static_cast<int>(n) - 1))] = bad;
+      const Buffer<float> y(spoilt, odd());
+      check(kernel, std::isnan(kernel.largest(y.get(), n)), "largest: no numbers," + size);
+    }
+  }
+  // Far below the largest nothing is left, and nothing turns into a NaN.
+  const std::vector<float> far = {0, -3e38F, -200, -87.5F};
+  check(kernel, kernel.sum_exponentials(far.data(), 4, 0, 1) == 1, "sum_exponentials: far below");
+  check(kernel, kernel.sum_exponentials(far.data(), 4, 0, 1e30F) == 1, "sum_exponentials: steep");
+}
+
 // ---- ceilings ----------------------------------------------------------------------------------
 
 void test_ceilings(const Kernel& kernel) {
@@ -1085,6 +1134,7 @@ int run(const char* wanted_default) {
       check(kernel, kernel.tile_rows <= kMostRows && kernel.panel_blocks <= kMaxPanelBlocks, "tile");
       test_quantise(kernel);
       test_rows(kernel);
+      test_sums(kernel);
       test_ceilings(kernel);
       test_bare_panels(kernel);
       test_columns(kernel);
