@@ -42,7 +42,7 @@ class Server:
         self.address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         settings = uvicorn.Config(
             app, http=_protocol(config.idle_seconds), loop="asyncio", ws="none", lifespan="on",
-            log_level="warning", access_log=False, server_header=False,
+            log_level="error", access_log=False, server_header=False,
             limit_concurrency=config.connections, backlog=BACKLOG,
             timeout_keep_alive=max(1, int(config.idle_seconds)),
             timeout_graceful_shutdown=int(config.drain_seconds),
