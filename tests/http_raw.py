@@ -17,6 +17,8 @@ def serving(model, engine, config, name="tiny", keys=()):
     worker = make_worker(model, engine, config)
     encoder = Encoder(model.tokenizer, model.config, worker.engine.context)
     server = Server(make_app(worker, encoder, config, name, keys), config)
+    # Of connections too: an answer that nobody reads must not fit into what the system keeps.
+    server._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

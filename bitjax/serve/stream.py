@@ -29,7 +29,7 @@ async def watch(receive: Receive, ticket: Ticket) -> None:
 def end(worker: Worker, ticket: Ticket, watcher: asyncio.Task[None], slow: bool = False) -> None:
     """An HTTP request is over, whichever way."""
     watcher.cancel()
-    reason = "client left" if ticket.gone else "client slow" if slow else "ended early"
+    reason = "client slow" if slow else "client left" if ticket.gone else "ended early"
     worker.release(ticket, reason)
     if ticket.finished and not ticket.error:
         worker.metrics.finished(time.perf_counter() - ticket.created)

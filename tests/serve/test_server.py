@@ -345,7 +345,7 @@ def test_a_client_that_leaves_in_the_middle(address, server):
 
 
 def test_a_client_that_does_not_read(address, server):
-    """Some 10 MB, which no buffer on the way holds."""
+    """Some 3 MB, which no buffer on the way holds."""
     _, worker = server
     body = {"prompt": "hello", "max_tokens": 200, "ignore_eos": True, "stream": True, "n": 16,
             "logprobs": 20}  # fmt: skip
@@ -359,6 +359,7 @@ def test_a_client_that_does_not_read(address, server):
             while piece := connection.recv(1 << 20):
                 read = read[-100:] + piece
         assert b"[DONE]" not in read  # closed, whatever it had not read
+    # It is found out while the answer is made, or after: the machine may be quick.
     made = worker.engine.stats.completion_tokens - made
     assert cancelled(address, "client slow") - before == (made < 16 * 200)
     assert ask(address, "POST", "/v1/completions", {"prompt": "a", "max_tokens": 1})[0] == 200
