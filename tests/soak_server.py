@@ -179,10 +179,11 @@ class Soak:
         return 400
 
 
-# What each kind may end with; 503 is too many connections.
+# What each kind may end with; 429 is a full queue (tokens are looked at with a place in it), 503 too
+# many connections, and 408 a machine so busy that 10 MB take 2 s.
 WANTED = {
-    "good": {"200"}, "bad json": {"400", "503"}, "bad field": {"400", "503"},
-    "too long a prompt": {"400", "503"}, "too long a body": {"413", "503"},
+    "good": {"200"}, "bad json": {"400", "503"}, "bad field": {"400", "429", "503"},
+    "too long a prompt": {"400", "429", "503"}, "too long a body": {"408", "413", "503"},
     "slow body": {"408", "503"}, "wrong path": {"404", "503"}, "garbage": {"400", "0", "503"},
     "leave at once": {"left"}, "leave in the middle": {"left"}, "do not read": {"left"},
     "no request": {"left"}, "half a head": {"closed"},
