@@ -7,8 +7,8 @@
         Answer,
         fn_constructor_kwargs={"path": "/shared/a.safetensors", "settings": {"max_tokens": 100}},
         batch_size=64,
-        num_cpus=16,                                  # of a node: one actor for each
-        compute=ray.data.ActorPoolStrategy(size=4),   # nodes
+        num_cpus=15,                                  # of a node's 16: one actor on each,
+        compute=ray.data.ActorPoolStrategy(size=4),   # and a core left for Ray's own tasks
     )
     found.sort("index").write_parquet("out")
 

@@ -179,8 +179,8 @@ class Soak:
         return 400
 
 
-# What each kind may end with; 429 is a full queue (tokens are looked at with a place in it), 503 too
-# many connections, and 408 a machine so busy that 10 MB take 2 s.
+# What each kind may end with; 429 is a full queue (tokens are looked at with a place in it), 503
+# too many connections, and 408 a machine so busy that 10 MB take 2 s.
 WANTED = {
     "good": {"200"}, "bad json": {"400", "503"}, "bad field": {"400", "429", "503"},
     "too long a prompt": {"400", "429", "503"}, "too long a body": {"408", "413", "503"},

@@ -105,10 +105,10 @@ def test_two_nodes(path, lines, wanted):
 
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 2, "object_store_memory": 100 << 20},
+        head_node_args={"num_cpus": 2, "resources": {"node": 1}, "object_store_memory": 100 << 20},
     )
     try:
-        cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+        cluster.add_node(num_cpus=2, resources={"node": 1}, object_store_memory=100 << 20)
         ray.init(address=cluster.address, log_to_driver=False)
         assert sum(node["Alive"] for node in ray.nodes()) == 2
 
@@ -129,7 +129,8 @@ def test_two_nodes(path, lines, wanted):
                     "engine": EngineConfig(max_sequences=2),
                 },
                 batch_size=2,
-                num_cpus=2,  # all that a node has: an actor on each
+                num_cpus=1,  # one is left for Ray's own tasks, without which nothing is read
+                resources={"node": 1},  # an actor on each
                 compute=ray.data.ActorPoolStrategy(size=2),
             )
             .sort("index")
