@@ -99,7 +99,8 @@ def test_the_actor_answers_as_a_batch_job(path, lines, wanted):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_two_nodes(path, lines, wanted):
+def test_two_nodes(path, lines, wanted, monkeypatch):
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 would wait for whatever else there is
     ray = pytest.importorskip("ray", reason="ray is not installed; the extra 'cluster' has it")
     from ray.cluster_utils import Cluster
 

@@ -52,6 +52,7 @@ def test_every_setting():
         assert call.sampling == wanted
         assert (call.model, call.stream, call.include_usage, call.seeded) == ("m", True, True, True)
     assert chat(logprobs=True).sampling.logprobs == 0
+    assert chat(max_tokens=4).sampling.max_new_tokens == 4
     assert chat(max_tokens=4, max_completion_tokens=4).sampling.max_new_tokens == 4
     assert completion(top_k=-1, stop="x", seed=5.0).sampling == Sampling(
         max_new_tokens=16, temperature=1.0, stop=("x",), seed=5

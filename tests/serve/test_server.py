@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import contextlib
+import json
+import re
 import signal
 import socket
 import subprocess
@@ -197,6 +199,30 @@ def test_log_probabilities(client, model):
     found = answer.choices[0].logprobs
     assert [len(x) for x in (found.tokens, found.token_logprobs, found.top_logprobs)] == [3, 3, 3]
     assert [min(top.values()) for top in found.top_logprobs] == found.token_logprobs
+
+
+def test_constraints(client, address):
+    pytest.importorskip("llguidance", reason="llguidance is not installed; see 'constraints'")
+    answer = client.completions.create(
+        model="tiny", prompt="hello", max_tokens=9, n=3, extra_body={"guided_regex": "[0-9]{3}"}
+    )
+    assert all(re.fullmatch("[0-9]{3}", choice.text) for choice in answer.choices)
+    schema = {"enum": [10, 23]}  # without the white space that a random model would love
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    pieces = client.chat.completions.create(
+        model="tiny", messages=TALK, response_format=form, max_tokens=60, temperature=0, stream=True
+    )
+    text = "".join(piece.choices[0].delta.content or "" for piece in pieces)
+    assert json.loads(text) in (10, 23)
+    bad = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "x"}}}
+    for path, body in (
+        ("completions", {"prompt": "a", "guided_regex": "("}),
+        ("completions", {"prompt": "a", "guided_grammar": "start: x"}),
+        ("chat/completions", {"messages": TALK, "response_format": bad}),
+    ):
+        status, said = ask(address, "POST", f"/v1/{path}", body)
+        assert (status, said["error"]["type"]) == (400, "invalid_request_error")
+        assert len(said["error"]["message"]) < 1000
 
 
 def test_models(client):
