@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitjax import __version__
+from bitjax.cli_batch import add_batch_arguments, run_batch_command
 from bitjax.cli_corpus import add_corpus_commands
 from bitjax.cli_eval import add_eval_arguments, run_eval
 from bitjax.cli_scale import add_scale_commands
+from bitjax.cli_serve import add_serve_arguments, run_serve_command
 from bitjax.printable import printable
 
 if TYPE_CHECKING:
@@ -250,6 +252,24 @@ def _parser() -> argparse.ArgumentParser:
     model_argument(generate)
     generate.add_argument("--prompt", default="\n", help="text to continue (default: a new line)")
     sampling_arguments(generate, max_new_tokens=256)
+
+    batch = command(
+        "batch",
+        run_batch_command,
+        "answer a file of prompts",
+        "However it ends, the same command goes on: no line is answered twice.",
+    )
+    model_argument(batch)
+    add_batch_arguments(batch)
+
+    serve = command(
+        "serve",
+        run_serve_command,
+        "serve a model over HTTP, as OpenAI's interface has it",
+        "SIGTERM lets it finish what it has begun.",
+    )
+    model_argument(serve)
+    add_serve_arguments(serve)
 
     chat = command(
         "chat",

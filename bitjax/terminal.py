@@ -72,6 +72,32 @@ def byte_progress(label: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
+@contextmanager
+def job_progress(label: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A live bar of things done, of how many, and numbers; about 20 lines when not a terminal."""
+    printed = -1
+
+    def line(done: int, total: int, numbers: str) -> None:
+        nonlocal printed
+        twentieth = 20 * done // max(1, total)
+        if twentieth > printed:
+            printed = twentieth
+            console.print(f"{label}  {done:,}/{total:,}  {numbers}", soft_wrap=True)
+
+    if not console.is_terminal:
+        yield line
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[numbers]}"),
+        TimeElapsedColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(label, total=None, numbers="reading")
+        yield lambda done, total, numbers: progress.update(
+            task, completed=done, total=total, numbers=f"{done:,}/{total:,}  {numbers}"
+        )
+
+
 def _line_reporter(label: str) -> Callable[[Report], None]:
     printed = -1
 
@@ -93,8 +119,10 @@ def _numbers(report: Report) -> str:
 
 
 def clock(seconds: float) -> str:
-    """`m:ss`."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+    """`m:ss`, or `h:mm:ss` from an hour on."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> None:

@@ -20,8 +20,10 @@ LAYERS = [
     {"api", "recipe"},
     {"plots", "terminal"},
     {"demo", "inspection", "conversion", "bench", "chat"},
-    {"cli_corpus", "evaluation", "evaluation_text", "harness", "scaling"},
-    {"cli_eval", "cli_scale_laws", "cli_scale_runs"},
+    {"protocol", "generation"},
+    {"batch", "language_model", "serve"},
+    {"cli_batch", "cluster", "cli_corpus", "evaluation", "evaluation_text", "harness", "scaling"},
+    {"cli_eval", "cli_scale_laws", "cli_scale_runs", "cli_serve"},
     {"cli_scale"},
     {"cli"},
 ]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
-from bitjax.chat.template import render
+from bitjax.chat.template import render_all
 from bitjax.config import ModelConfig
 from bitjax.text import TextTokenizer
-from bitjax.tokenizer import Tokenizer
+from bitjax.tokenizer import Tokenizer, utf8
 
 # Of microsoft/bitnet-b1.58-2B-4T, which GGUF files of it often lack; the tokenizer puts bos first.
 BITNET_TEMPLATE = (
@@ -38,13 +38,18 @@ class ChatFormat:
         tokenizer: the model's.
         config: the model's; decides the template where the tokenizer has none.
         template: in the place of the tokenizer's.
+        renderer: what renders the template; `Renderer` pays where there are many conversations.
 
     Raises:
         ValueError: byte tokens, or no template.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, config: ModelConfig, template: str | None = None
+        self,
+        tokenizer: Tokenizer,
+        config: ModelConfig,
+        template: str | None = None,
+        renderer: Callable[..., list[str | ValueError]] = render_all,
     ) -> None:
         if not isinstance(tokenizer, TextTokenizer):
             raise ValueError(
@@ -53,6 +58,7 @@ class ChatFormat:
             )
         self.tokenizer = tokenizer
         self.template = template or tokenizer.chat_template or _default(tokenizer, config)
+        self._renderer = renderer
 
     def tokens(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, up to where the assistant begins.
@@ -60,9 +66,42 @@ class ChatFormat:
         Raises:
             ValueError: as `render`.
         """
-        hidden = Hidden(messages, tuple(self.tokenizer.control))
-        text = render(self.template, hidden.messages, **self.variables)
-        return self.begin(self.encode(hidden, text))
+        [found] = self.tokens_all([messages])
+        if isinstance(found, ValueError):
+            raise found
+        return found
+
+    def tokens_all(
+        self, conversations: Sequence[Sequence[Message]]
+    ) -> list[list[int] | ValueError]:
+        """`tokens` of each of several conversations, or what it would raise; rendered together.
+
+        Raises:
+            ValueError: all together take too long.
+        """
+        names = tuple(self.tokenizer.control)
+        made: list[list[int] | ValueError] = []
+        hidden: list[Hidden | ValueError] = []
+        for messages in conversations:
+            try:
+                for message in messages:
+                    utf8(message["content"])
+                hidden.append(Hidden(messages, names))
+            except ValueError as error:
+                hidden.append(error)
+        tasks = [(shown.messages, True) for shown in hidden if isinstance(shown, Hidden)]
+        texts = iter(self._renderer(self.template, tasks, **self.variables) if tasks else ())
+        for shown in hidden:
+            text = next(texts) if isinstance(shown, Hidden) else shown
+            if isinstance(shown, Hidden) and isinstance(text, str):
+                try:
+                    made.append(self.begin(self.encode(shown, text)))
+                except ValueError as error:
+                    made.append(error)
+            else:
+                assert isinstance(text, ValueError)
+                made.append(text)
+        return made
 
     @property
     def variables(self) -> dict[str, Any]:

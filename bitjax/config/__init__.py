@@ -9,6 +9,7 @@ the code (`x_BxTxD`):
     N rows (output features) and K columns (input features) of one linear layer
 """
 
+from bitjax.config.batch import BatchConfig, BatchOrder
 from bitjax.config.corpus import TOKENIZER_VOCAB_SIZE, CorpusConfig, CorpusKind
 from bitjax.config.data import DataConfig
 from bitjax.config.engine import EngineConfig
@@ -25,11 +26,13 @@ from bitjax.config.model import (
 from bitjax.config.optimizer import OptimizerConfig
 from bitjax.config.run import RunConfig
 from bitjax.config.scaling import Group, StudyConfig
+from bitjax.config.serve import ServeConfig
 from bitjax.config.train import WATCHING, Products, TrainAttention, TrainConfig
 
 __all__ = [
-    "TOKENIZER_VOCAB_SIZE", "WATCHING", "ActivationQuantizer", "CacheDType", "CorpusConfig",
-    "CorpusKind", "DType", "DataConfig", "EngineConfig", "Group", "MeshConfig", "ModelConfig",
-    "OptimizerConfig", "Products", "RopeScaling", "RunConfig", "StudyConfig", "TrainAttention",
-    "TrainConfig", "WeightQuantizer", "from_dict", "from_json", "override", "to_json",
+    "TOKENIZER_VOCAB_SIZE", "WATCHING", "ActivationQuantizer", "BatchConfig", "BatchOrder",
+    "CacheDType", "CorpusConfig", "CorpusKind", "DType", "DataConfig", "EngineConfig", "Group",
+    "MeshConfig", "ModelConfig", "OptimizerConfig", "Products", "RopeScaling", "RunConfig",
+    "ServeConfig", "StudyConfig", "TrainAttention", "TrainConfig", "WeightQuantizer", "from_dict",
+    "from_json", "override", "to_json",
 ]  # fmt: skip
