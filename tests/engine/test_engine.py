@@ -176,6 +176,19 @@ def test_guesses_are_right_where_texts_repeat(engine):
     assert alone.usage.guessed == 0
 
 
+def test_wrong_guesses_leave_no_trace(engine):
+    """A text that repeats itself until penalties forbid it: they count what was kept alone."""
+    bias = {97: 44.0, 98: 43.0, 99: 42.0, 100: 41.0}
+    sampling = Sampling(
+        temperature=0, max_new_tokens=70, frequency_penalty=0.3, repetition_penalty=1.05,
+        logit_bias=bias, logprobs=0,
+    )  # fmt: skip
+    plain = only(engine, "abab", dataclasses.replace(sampling, lookup=False))
+    guessed = only(engine, "abab", sampling)
+    assert guessed.choices == plain.choices
+    assert 0 < guessed.usage.accepted < guessed.usage.guessed
+
+
 @pytest.mark.parametrize(
     ("prompt", "changes", "message"),
     [
