@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from types import FrameType
 from bitjax.scaling.plan import PlannedRun, PlannedSweep
 from bitjax.scaling.worker import LOST
 from bitjax.train import read_metrics
+
+POLL = 0.2  # seconds between looks at processes
 
 
 @dataclass
@@ -74,11 +77,14 @@ def shares(jobs: int) -> list[list[int]]:
     return [cores[i * each : (i + 1) * each] for i in range(jobs)]
 
 
-def end(active: Sequence[Job]) -> None:
-    """Tell processes to save their state, and wait."""
+def end(active: Sequence[Job], signals: Sequence[int]) -> None:
+    """Tell processes to save their state, and wait; after a second signal no longer."""
     for job in active:
         job.process.terminate()
+    while any(job.process.poll() is None for job in active) and len(signals) < 2:
+        time.sleep(POLL)
     for job in active:
+        job.process.kill()
         job.process.wait()
 
 

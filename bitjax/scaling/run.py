@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bitjax.scaling.arms import ARMS, configuration
-from bitjax.scaling.jobs import Job, end, interruptible, shares
+from bitjax.scaling.jobs import POLL, Job, end, interruptible, shares
 from bitjax.scaling.plan import Plan, PlannedRun, PlannedSweep, hours
 from bitjax.scaling.records import Recorder, code_commit, curve
 from bitjax.scaling.sweep import Trial, best_rate, next_rates, read_sweeps, write_sweeps
@@ -31,7 +31,6 @@ from bitjax.scaling.table import append_row, card, locked, read_table, replace_f
 from bitjax.scaling.worker import DIVERGED, start
 from bitjax.train import Interrupted
 
-POLL = 0.2  # seconds between looks at processes
 TELL = 60.0  # seconds between lines on what is under way
 Say = Callable[[str], None]
 Busy = set[Any]  # names of runs, and (size, arm) of sweeps
@@ -104,7 +103,7 @@ class _Study:
                     said = time.monotonic()
                     self._say(self._under_way(active, len(slots)))
         finally:
-            end(active)
+            end(active, stopped)
         if self._failed:
             name, why = next(iter(self._failed.items()))
             raise ValueError(

@@ -108,5 +108,8 @@ class Ended:
     def terminate(self):
         pass
 
+    def kill(self):
+        pass
+
     def wait(self):
         return 0

@@ -163,7 +163,8 @@ def test_run_does_the_plan_and_says_where_the_table_is(plan, tmp_path, capsys):
     assert "other settings than the plan has (train.batch_size)" in capsys.readouterr().err
 
 
-def test_measured_numbers_are_positive_and_checked():
+def test_measured_numbers_are_positive_and_checked(monkeypatch):
+    monkeypatch.setattr("bitjax.scaling.calibrate.LONGEST", 0.0)
     # The configuration of test_run_plan's run that is killed: compiled once for both.
     made = measure(configuration(BASE, StudyConfig(), "float", "16x1", 20, 0, 4e-3))
     assert made["startup"] > 0

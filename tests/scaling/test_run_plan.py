@@ -188,28 +188,39 @@ def test_jobs_share_the_cores():
         shares(len(cores) + 1)
 
 
-class Endless(Ended):
-    """A process that works until it is told to end."""
+class Saving(Ended):
+    """A process that works until it is told to end, and then for three more looks, or for ever."""
 
-    told = 0
+    def __init__(self, looks):
+        self.looks, self.told, self.killed = looks, False, False
 
     def poll(self):
-        return None
+        self.looks -= self.told
+        return 0 if self.looks < 0 or self.killed else None
 
     def terminate(self):
-        Endless.told += 1
+        self.told = True
+        if self.looks > 1000:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def kill(self):
+        self.killed = self.looks >= 0
 
 
-def test_signals_end_every_process(monkeypatch, data, tmp_path):
+@pytest.mark.parametrize(("looks", "killed"), [(3, False), (10**9, True)])
+def test_signals_end_every_process(monkeypatch, data, tmp_path, looks, killed):
+    """The first lets it save its state; a second does not wait for that."""
+    process = Saving(looks)
+
     def begin(*_):
         os.kill(os.getpid(), signal.SIGINT)
-        return Endless()
+        return process
 
     monkeypatch.setattr(running, "start", begin)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match=r"stopped; 0 of 2 runs are in .*table.csv"):
         go(small(data), data, tmp_path)
-    assert Endless.told == 1
+    assert (process.told, process.killed) == (True, killed)
     assert signal.getsignal(signal.SIGINT) is handler
 
 
