@@ -91,41 +91,39 @@ def make_plan(
 
 
 def _cells(base: RunConfig, wanted: Wanted, planner: Planner, rates: _Rates) -> Cells:
-    group, budget = wanted.study.groups[0], wanted.budget
+    groups, budget = wanted.study.groups, wanted.budget
     if budget is not None:
-        group = _affordable(base, group, budget, rates)
-    if wanted.design == "isoflop":
-        if budget is None:
-            raise ValueError(
-                "the isoflop design spends a budget; give --hours, --flops or --dollars"
-            )
-        rates.measure(
-            (size, ARMS[a].rate_of or "float") for size in group.sizes for a in group.arms
-        )
-        return planner.isoflop_within(group, LEVELS, budget)
+        groups = _affordable(base, groups, budget, rates)
+    if wanted.design == "ratios":
+        return cells_of(base, groups)
+    group = groups[0]
     if wanted.design == "factorial":
         return factorial(base, group)
-    if len(wanted.study.groups) == 1:
-        return cells_of(base, [group])
-    return cells_of(base, wanted.study.groups)
+    if budget is None:
+        raise ValueError("the isoflop design spends a budget; give --hours, --flops or --dollars")
+    rates.measure((size, ARMS[a].rate_of or "float") for size in group.sizes for a in group.arms)
+    return planner.isoflop_within(group, LEVELS, budget)
 
 
-def _affordable(base: RunConfig, group: Group, budget: Budget, rates: _Rates) -> Group:
-    """Without sizes whose cheapest run would not fit on a machine that they use far better."""
-    models = {size: shape(base.model, size) for size in group.sizes}
+def _affordable(
+    base: RunConfig, groups: Sequence[Group], budget: Budget, rates: _Rates
+) -> tuple[Group, ...]:
+    """Without sizes whose cheapest run would not fit on a machine that they use far better than the
+    smallest of all, which stays."""
+    models = {size: shape(base.model, size) for group in groups for size in group.sizes}
     smallest = min(models, key=lambda size: non_embedding(models[size]))
     T, limit = base.train.seq_len, budget.limit
     if budget.unit == "seconds":
-        arm = ARMS[group.arms[0]].rate_of or "float"
-        rates.measure([(smallest, arm)])
-        speed = rates(smallest, arm).tokens_per_second * flops_per_token(models[smallest], T)
-        limit *= OPTIMISM * speed
-    kept = tuple(
-        size for size, model in models.items()
-        if size == smallest
-        or min(group.ratios) * non_embedding(model) * flops_per_token(model, T) <= limit
-    )  # fmt: skip
-    return dataclasses.replace(group, sizes=kept)
+        arm = next(group.arms[0] for group in groups if smallest in group.sizes)
+        speed = rates(smallest, ARMS[arm].rate_of or "float").tokens_per_second
+        limit *= OPTIMISM * speed * flops_per_token(models[smallest], T)
+
+    def fits(group: Group, size: str) -> bool:
+        tokens = min(group.ratios) * non_embedding(models[size])
+        return size == smallest or tokens * flops_per_token(models[size], T) <= limit
+
+    kept = [(group, tuple(s for s in group.sizes if fits(group, s))) for group in groups]
+    return tuple(dataclasses.replace(group, sizes=sizes) for group, sizes in kept if sizes)
 
 
 class _Rates:

@@ -54,7 +54,7 @@ def next_rates(tried: Tried, grid: Sequence[float], extensions: int) -> list[flo
     if math.isinf(tried[best]):
         if left <= 0:
             raise ValueError(f"every learning rate from {rates[0]:g} to {rates[-1]:g} diverged")
-        return [rates[0] * (grid[0] / grid[1])]
+        return [_tidy(rates[0] * grid[0] / grid[1])]
     if left > 0 and best == rates[0]:
         return [_tidy(best * grid[0] / grid[1])]
     if left > 0 and best == rates[-1]:
