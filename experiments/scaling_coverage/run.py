@@ -222,10 +222,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=HERE, help="folder of results.json and README")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME",
+        help="these scenarios; those of results.json stay",
+    )  # fmt: skip
     chosen = parser.parse_args(arguments)
     results: dict[str, Any] = {"sets": chosen.sets, "resamples": RESAMPLES, "scenarios": {}}
+    if chosen.only and (chosen.out / "results.json").exists():
+        known = json.loads((chosen.out / "results.json").read_text())
+        if {name: known[name] for name in ("sets", "resamples")} != {
+            name: results[name] for name in ("sets", "resamples")
+        }:
+            parser.error("results.json has other numbers of data sets or resamples")
+        results = known
     with get_context("spawn").Pool(chosen.workers) as workers:
         for scenario in SCENARIOS:
+            if chosen.only and scenario.name not in chosen.only:
+                continue
             begin = time.perf_counter()
             results["scenarios"][scenario.name] = measure(scenario, chosen.sets, workers)
             print(f"{scenario.name}: {time.perf_counter() - begin:.0f} s", flush=True)
