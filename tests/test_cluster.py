@@ -100,6 +100,7 @@ def test_the_actor_answers_as_a_batch_job(path, lines, wanted):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_two_nodes(path, lines, wanted, monkeypatch):
+    monkeypatch.chdir(path.parent)  # workers import from where the driver stands
     monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 would wait for whatever else there is
     ray = pytest.importorskip("ray", reason="ray is not installed; the extra 'cluster' has it")
     from ray.cluster_utils import Cluster

@@ -48,7 +48,7 @@ def start(
     with (folder / "log.txt").open("ab") as log:
         # A session of its own: Ctrl-C comes to us alone, and we tell it.
         return subprocess.Popen(
-            [sys.executable, "-m", "bitjax.scaling.worker", str(job)],
+            [sys.executable, "-P", "-m", "bitjax.scaling.worker", str(job)],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """A ternary model and its full-precision twin of Wikipedia's text, from the file to the tables.
 
     python experiments/wikipedia/run.py --enwik8 enwik8.xz --wikitext test.txt --blimp BLiMP.zip \
-        --out /tmp/wikipedia [--set train.products=integer] [--seed 0]
+        --out /tmp/wikipedia [--set train.products=integer]
 
 Makes the corpus, chooses each arm's learning rate by short runs, trains configs/wikipedia.py and
 configs/wikipedia_float.py, and scores enwik8's test part, WikiText-2 and BLiMP. What is done is
@@ -49,7 +49,7 @@ SEPARATED = ("--separator", PAGE.replace("\n", r"\n"))
 
 def bitjax(*arguments: object) -> None:
     """Run one of the commands."""
-    subprocess.run([sys.executable, "-m", "bitjax.cli", *map(str, arguments)], check=True)
+    subprocess.run([sys.executable, "-P", "-m", "bitjax.cli", *map(str, arguments)], check=True)
 
 
 def make_corpus(enwik8: Path, out: Path) -> None:

@@ -140,7 +140,8 @@ def test_kill_9(source, path, whole, tmp_path):
     command = ["batch", path, source, "-o", out, "--max-new-tokens", 4, "--sequences", 4]
     for least in (1, 12):
         process = subprocess.Popen(
-            [sys.executable, "-m", "bitjax.cli", *map(str, command)], stdout=subprocess.DEVNULL
+            [sys.executable, "-P", "-m", "bitjax.cli", *map(str, command)],
+            stdout=subprocess.DEVNULL,
         )
         ends = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < ends:

@@ -235,7 +235,7 @@ def test_kill_9_loses_no_run_and_makes_none_twice(data, tmp_path):
     write_sweeps(out / "sweeps.csv", [
         Trial("16x1", "float", 320, rate, 2.0 + abs(rate - 4e-3), 0.1, 1.0) for rate in RATES
     ])  # fmt: skip
-    command = [sys.executable, "-m", "bitjax.cli", "scale", "run", str(path), "--data", data,
+    command = [sys.executable, "-P", "-m", "bitjax.cli", "scale", "run", str(path), "--data", data,
                "-o", str(out)]  # fmt: skip
     folder = (out / "runs" / first.run).resolve()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:

@@ -478,8 +478,8 @@ def test_sigterm_finishes_what_was_begun(model, tmp_path):
     path = tmp_path / "model.safetensors"
     save_model(path, model)
     process = subprocess.Popen(
-        [sys.executable, "-m", "bitjax.cli", "serve", str(path), "--port", "0", "--name", "tiny",
-         "--max-tokens", "200", "--sequences", "4"],
+        [sys.executable, "-P", "-m", "bitjax.cli", "serve", str(path), "--port", "0",
+         "--name", "tiny", "--max-tokens", "200", "--sequences", "4"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

@@ -8,6 +8,7 @@ from test_step import config as run_config
 
 from bitjax.train import Batch, Trainer
 from bitjax.train.next_token import predicted
+from bitjax.train.step import FINISHED
 
 # Of four rows 1, 7, 3 and 0 tokens are counted (a row's first token is never predicted).
 COUNTED = np.zeros((4, 9), bool)
@@ -35,7 +36,7 @@ def test_gradients_by_mean_and_sum_are_exact_under_accumulation(reduction):
     whole = Trainer(run_config(loss_reduction=reduction))
     parts = Trainer(run_config(loss_reduction=reduction, accumulate=4))
     params = whole.init().params
-    losses = np.asarray(jax.jit(whole._losses)(params, batch, None), np.float64)
+    losses = np.asarray(jax.jit(whole._losses)(params, batch, FINISHED), np.float64)
     loss = losses[COUNTED[:, 1:]].mean()
     found, gradients = jax.jit(whole._gradients)(params, batch)
     found_parts, gradients_parts = jax.jit(parts._gradients)(params, batch)
