@@ -22,5 +22,12 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def _no_screen(monkeypatch):
+    """Tables are as wide as they need, whatever screen the tests were started on."""
+    monkeypatch.delenv("COLUMNS", raising=False)
