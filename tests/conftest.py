@@ -13,6 +13,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 else:
     cache = tempfile.mkdtemp(prefix="bitjax-test-")
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
+# Tables are as wide as they need: readline, which pytest loads, tells child processes, its workers
+# too, of a screen of 80 columns.
+os.environ.pop("COLUMNS", None)
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 )
@@ -22,12 +25,5 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 import jax
-import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-
-@pytest.fixture(autouse=True)
-def _no_screen(monkeypatch):
-    """Tables are as wide as they need, whatever screen the tests were started on."""
-    monkeypatch.delenv("COLUMNS", raising=False)

@@ -22,8 +22,6 @@ from bitjax.protocol import Encoder
 from bitjax.protocol.calls import derived_seed
 from bitjax.train import Interrupted
 
-pytestmark = pytest.mark.xdist_group("batch")  # one worker makes its fixtures
-
 LINES = 40
 
 

@@ -19,8 +19,6 @@ from bitjax.scaling.sweep import Trial, read_sweeps, write_sweeps
 from bitjax.scaling.table import COLUMNS, locked, read_table, write_table
 from bitjax.train import Interrupted, Trainer, train
 
-pytestmark = pytest.mark.xdist_group("run_plan")  # one worker makes its fixtures
-
 RATES = (2e-3, 4e-3, 8e-3)
 
 

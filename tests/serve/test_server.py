@@ -23,8 +23,6 @@ from bitjax.engine import Engine, Request, Sampling
 from bitjax.infer import pack_model
 from bitjax.model.files import save_model
 
-pytestmark = pytest.mark.xdist_group("server")  # one worker makes its fixtures
-
 TALK = [{"role": "user", "content": "hello"}]
 CONTEXT = 256
 CONFIG = ServeConfig(

@@ -18,8 +18,6 @@ from bitjax.config import MeshConfig
 from bitjax.train import read_metrics, train
 from bitjax.train.processes import join
 
-pytestmark = pytest.mark.xdist_group("processes")  # one worker makes its fixtures
-
 RECIPE = """
 from bitjax.config import RunConfig, from_json
 def get_config():

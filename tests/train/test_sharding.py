@@ -20,8 +20,6 @@ from bitjax.train.checkpoint import read_run
 from bitjax.train.sharding import make_mesh, state_shardings
 from bitjax.train.step import Quantizing
 
-pytestmark = pytest.mark.xdist_group("sharding")  # one worker makes its fixtures
-
 # Every cut dimension is a multiple of 4: D 32, F 24, 4 heads of 8, V 256.
 MODEL = tiny_config(
     vocab_size=256, head_dim=8, num_kv_heads=4, num_layers=2, weights="float", activations="float"
