@@ -25,7 +25,7 @@ from typing import Any, Literal, overload
 from bitjax import api
 from bitjax.chat import Message
 from bitjax.config import EngineConfig
-from bitjax.engine import Completion, Delta, Engine, Request, Sampling
+from bitjax.engine import Delta, Engine, Request, Sampling
 from bitjax.generation import Generation, Generations
 from bitjax.model import Transformer
 from bitjax.ops import Impl
@@ -137,8 +137,6 @@ class LanguageModel:
         tokens = self._encoded(0, prompt, "raise")
         assert not isinstance(tokens, BadRequest)
         for delta in self._deltas(iter([Request(f"g{next(_names)}", tokens, how)])):
-            if isinstance(delta, tuple):
-                raise ValueError(delta[1])
             if delta.completion is not None and delta.completion.error:
                 raise ValueError(delta.completion.error)
             if delta.text:
@@ -165,48 +163,22 @@ class LanguageModel:
 
         for delta in self._deltas(requests()):
             yield from _drained(wrong)
-            name, completion = (
-                (delta[0], Completion(delta[0], (), error=delta[1])) if isinstance(delta, tuple)
-                else (delta.id, delta.completion)
-            )  # fmt: skip
-            if completion is None:
+            if delta.completion is None:
                 continue
-            one = Generation.of(*waiting.pop(name), completion)
+            one = Generation.of(*waiting.pop(delta.id), delta.completion)
             if one.error and errors == "raise":
                 raise ValueError(f"prompt {one.index}: {one.error}")
             yield one
         yield from _drained(wrong)
 
-    def _deltas(self, requests: Iterator[Request | None]) -> Iterator[Delta | tuple[str, str]]:
-        """What the engine gives for requests, or (id, error) of one that it refuses."""
+    def _deltas(self, requests: Iterator[Request | None]) -> Iterator[Delta]:
+        """`Engine.deltas`, for one call at a time."""
         if not self._lock.acquire(blocking=False):
             raise RuntimeError("this model is generating already; finish that, or load another")
-        live: set[str] = set()
-        more = True
         try:
-            while more or live:
-                while more and len(live) < 2 * self.engine.config.max_sequences:
-                    try:
-                        request = next(requests)
-                    except StopIteration:
-                        more = False
-                        break
-                    if request is None:
-                        break  # a prompt that is wrong: tell it now
-                    try:
-                        self.engine.submit(request)
-                        live.add(request.id)
-                    except ValueError as error:
-                        yield request.id, str(error)
-                for delta in self.engine.step() if live else ():
-                    if delta.completion is not None:
-                        live.discard(delta.id)
-                    yield delta
+            with contextlib.closing(self.engine.deltas(requests)) as deltas:
+                yield from deltas
         finally:
-            for name in live:
-                self.engine.cancel(name)
-            while self.engine.pending:
-                self.engine.step()
             self._lock.release()
 
     def _encoded(self, index: int, prompt: Any, errors: Errors) -> tuple[int, ...] | BadRequest:

@@ -12,9 +12,10 @@ that was interrupted can be resumed, and any answer made again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 import numpy as np
 
@@ -160,25 +161,46 @@ class Engine:
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Completions as they finish, in whatever order; a bad request gives one with an error.
 
-        Requests are taken from the iterable a few ahead of what runs, so it may be endless.
+        See `deltas`.
         """
-        source = iter(requests)
-        more = True
-        while True:
-            while more and self.pending < AHEAD * self.config.max_sequences:
-                request = next(source, None)
-                if request is None:
-                    more = False
-                    break
-                try:
-                    self.submit(request)
-                except ValueError as error:
-                    yield failed(request.id, str(error))
-            if not more and not self.pending:
-                return
-            for delta in self.step():
+        with contextlib.closing(self.deltas(requests)) as deltas:
+            for delta in deltas:
                 if delta.completion is not None:
                     yield delta.completion
+
+    def deltas(self, requests: Iterable[Request | None]) -> Generator[Delta, None, None]:
+        """What steps add to requests, and one with an error for each that `submit` refuses.
+
+        Requests are taken from the iterable a few ahead of what runs, so it may be endless; None
+        is one that is not there yet. What still runs when the iterator is closed is cancelled.
+        """
+        source, more = iter(requests), True
+        live: set[str] = set()
+        try:
+            while more or self.pending:
+                while more and self.pending < AHEAD * self.config.max_sequences:
+                    try:
+                        request = next(source)
+                    except StopIteration:
+                        more = False
+                        break
+                    if request is None:
+                        break
+                    try:
+                        self.submit(request)
+                        live.add(request.id)
+                    except ValueError as error:
+                        refused = failed(request.id, str(error))
+                        yield Delta(request.id, 0, "", finish_reason="error", completion=refused)
+                for delta in self.step():
+                    if delta.completion is not None:
+                        live.discard(delta.id)
+                    yield delta
+        finally:
+            for name in live:
+                self.cancel(name)
+            if live:
+                self.step()  # which gives up what they hold
 
     def _tokens_of(self, request: Request) -> list[int]:
         if isinstance(request.prompt, str):

@@ -291,6 +291,17 @@ def test_a_long_iterable_is_taken_piece_by_piece(engine):
     assert len(list(iterator)) == 39
 
 
+def test_what_is_abandoned_does_not_run_on(engine):
+    first = engine.generate(Request(f"a{i}", "ab", Sampling(2 + 8 * i)) for i in range(6))
+    next(first)
+    assert engine.pending
+    first.close()
+    assert not engine.pending
+    assert engine.stats.running == engine.stats.waiting == 0
+    again = engine.generate([Request("a0", "ab", Sampling(3))])
+    assert [completion.id for completion in again] == ["a0"]
+
+
 def test_memory_is_bounded_and_said():
     model = model_of("int4")
     page = 2 * 64 * 2 * 16 * 4 * 2  # keys and values of 64 slots, 2 heads of 16 floats, 2 layers
