@@ -255,11 +255,11 @@ class Engine:
     def _draws(self, sequence: Sequence) -> Iterator[Draw]:
         """What is to be drawn behind its tokens, and behind each guess as if it were right."""
         sampling, edits = sequence.job.request.sampling, sequence.edits
+        if sequence.guesses:
+            edits = edits.copy()
         position = len(sequence.tokens)
-        taken: list[tuple[int, bool]] = []
         for guess in (None, *sequence.guesses):
             if guess is not None:
-                taken.append((guess, edits.seen(guess)))
                 edits.add(guess)
             values = None
             if sequence.edited:
@@ -267,8 +267,6 @@ class Engine:
             mask = None if sequence.matcher is None else sequence.matcher.mask()
             yield Draw(0, sampling, sequence.index, position, values, mask)
             position += 1
-        for guess, before in reversed(taken):
-            edits.remove(guess, before)
 
     def _advance(
         self, sequence: Sequence, drawn: list[int], logprobs: list[TokenLogprob | None]
