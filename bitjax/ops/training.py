@@ -39,7 +39,7 @@ def bit_product(x_MxK: jax.Array, w_NxK: jax.Array, w_scale_N: jax.Array) -> jax
 
     Raises:
         ValueError: when the program runs, shapes or dtypes that do not fit, or a processor
-            without the instructions (`bitjax.ops.training.available`).
+            without the instructions (`require_available`).
         ModuleNotFoundError: the extension is not installed.
     """
     return ffi.train_forward(x_MxK, w_NxK, w_scale_N)[0]
