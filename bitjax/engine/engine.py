@@ -21,7 +21,7 @@ import numpy as np
 from bitjax.config import EngineConfig
 from bitjax.engine.constraint import Constraints, Matcher
 from bitjax.engine.pages import PageStore, pages_for
-from bitjax.engine.request import Completion, Delta, Request, Sampling, TokenLogprob, failed
+from bitjax.engine.request import Completion, Delta, Request, Sampling, TokenLogprob
 from bitjax.engine.runner import Runner
 from bitjax.engine.sampler import NOTHING_ALLOWED, Draw, Edits, ranks_for, sample
 from bitjax.engine.scheduler import Scheduler
@@ -173,7 +173,7 @@ class Engine:
                 try:
                     self.submit(request)
                 except ValueError as error:
-                    yield failed(request.id, str(error))
+                    yield Completion(request.id, (), error=str(error))
             if not more and not self.pending:
                 return
             for delta in self.step():
