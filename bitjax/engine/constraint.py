@@ -9,6 +9,7 @@ The library is touched when the first constraint is, and comes with the extra `c
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +64,8 @@ class Matcher:
 
     def copy(self) -> Matcher:
         """Another at the same place."""
-        other = object.__new__(Matcher)
-        other._matcher, other._words, other._last = (
-            self._matcher.deep_copy(), self._words, self._last,
-        )  # fmt: skip
+        other = copy.copy(self)
+        other._matcher = self._matcher.deep_copy()
         return other
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from bitjax.config import EngineConfig
 from bitjax.engine.constraint import Constraints, Matcher
 from bitjax.engine.pages import PageStore, pages_for
-from bitjax.engine.request import Completion, Delta, Request, Sampling, TokenLogprob, failed
+from bitjax.engine.request import Completion, Delta, Request, Sampling, TokenLogprob
 from bitjax.engine.runner import Runner
 from bitjax.engine.sampler import NOTHING_ALLOWED, Draw, Edits, ranks_for, sample
 from bitjax.engine.scheduler import Scheduler
@@ -31,7 +31,7 @@ from bitjax.engine.sizing import sizes
 from bitjax.infer.writer import TextWriter
 from bitjax.model import Transformer
 
-AHEAD = 2  # times `max_sequences`, requests that `generate` takes from its iterable
+AHEAD = 2  # times `max_sequences`, requests that `deltas` takes from its iterable
 
 
 @dataclasses.dataclass
@@ -277,11 +277,11 @@ class Engine:
     def _draws(self, sequence: Sequence) -> Iterator[Draw]:
         """What is to be drawn behind its tokens, and behind each guess as if it were right."""
         sampling, edits = sequence.job.request.sampling, sequence.edits
+        if sequence.guesses:
+            edits = edits.copy()
         position = len(sequence.tokens)
-        taken: list[tuple[int, bool]] = []
         for guess in (None, *sequence.guesses):
             if guess is not None:
-                taken.append((guess, edits.seen(guess)))
                 edits.add(guess)
             values = None
             if sequence.edited:
@@ -289,8 +289,6 @@ class Engine:
             mask = None if sequence.matcher is None else sequence.matcher.mask()
             yield Draw(0, sampling, sequence.index, position, values, mask)
             position += 1
-        for guess, before in reversed(taken):
-            edits.remove(guess, before)
 
     def _advance(
         self, sequence: Sequence, drawn: list[int], logprobs: list[TokenLogprob | None]

@@ -202,8 +202,3 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason = ""
     completion: Completion | None = None
-
-
-def failed(request_id: str, error: str, reason: FinishReason = "error") -> Completion:
-    """The completion of a request that gives nothing."""
-    return Completion(request_id, (), error=error if reason == "error" else "")

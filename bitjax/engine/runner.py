@@ -69,8 +69,9 @@ class Runner:
         count = len(tokens)
         rows_3xR = np.zeros((3, bucket(count)), np.int32)
         rows_3xR[0, :count], rows_3xR[1, :count], rows_3xR[2, :count] = tokens, positions, sequences
+        # JAX may read an array in place, after this call: the next step changes the tables.
         operands = (
-            self.leaves, self._cache, rows_3xR, self.tables_QxN, np.array([count], np.int32),
+            self.leaves, self._cache, rows_3xR, self.tables_QxN.copy(), np.array([count], np.int32),
             self._turns_Sxh,
         )  # fmt: skip
         key = "run", rows_3xR.shape[1]

@@ -6,6 +6,7 @@ on what else is drawn in the same call.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,17 +47,12 @@ class Edits:
             self._values[place, 0] = self.repeats
             self._values[place, 1] += 1
 
-    def remove(self, token: int, seen_before: bool) -> None:
-        """Take back what `add` did last, for a token that was seen already or not."""
-        if self.repeats or self.counts:
-            place = self._places[token]
-            self._values[place, 1] -= 1
-            self._values[place, 0] = self.repeats and seen_before
-
-    def seen(self, token: int) -> bool:
-        """Whether prompt or text have the token, as far as a penalty asks."""
-        place = self._places.get(token)
-        return place is not None and bool(self._values[place, 0])
+    def copy(self) -> Edits:
+        """Another with the same tokens so far, to try guesses on."""
+        other = copy.copy(self)
+        other._places = self._places.copy()
+        other._tokens, other._values = self._tokens.copy(), self._values.copy()
+        return other
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,36 @@ from bitjax.packing import PackedWeights, Screen
 Impl = Literal["auto", "ffi", "reference"]
 FLOAT_PARTS = {"float32": 3, "bfloat16": 2}  # of activations that are not to lose precision
 TWO_PART_ROWS = 2  # of activations, up to which a screen takes each in two int8 parts
+Result = TypeVar("Result")
+
+
+def either(
+    impl: Impl,
+    call: Callable[..., Result],
+    twin: Callable[..., Result],
+    *operands: Any,
+    fits: bool = True,
+) -> Result:
+    """What a custom call or its twin makes of operands, as the module's docstring says.
+
+    Args:
+        impl: which of them.
+        call: uses custom calls.
+        twin: the same in pure JAX.
+        operands: of either.
+        fits: whether the custom call takes such operands; "auto" takes the twin if not.
+
+    Raises:
+        ValueError: an unknown `impl`.
+    """
+    if impl not in ("auto", "ffi", "reference"):
+        raise ValueError(f"impl={impl!r} is not auto, ffi or reference")
+    if impl == "reference" or (impl == "auto" and not (fits and ffi.available())):
+        return twin(*operands)
+    if impl == "ffi":
+        return call(*operands)
+    chosen: Result = jax.lax.platform_dependent(*operands, cpu=call, default=twin)
+    return chosen
 
 
 def packed_matmul(
@@ -76,16 +107,11 @@ def packed_matmul(
             f"packed_matmul: residual has shape {residual.shape}; "
             f"wanted {(*x.shape[:-1], weights.rows)}"
         )
-    if impl == "reference" or (impl == "auto" and not ffi.available()):
-        return reference.packed_matmul(x, weights, gate, norm, eps, residual)
-    if impl == "ffi":
-        return ffi.packed_matmul(x, weights, gate, norm, eps, residual, rows)
-    if impl != "auto":
-        raise ValueError(f"impl={impl!r} is not auto, ffi or reference")
-    return jax.lax.platform_dependent(
+    return either(
+        impl,
+        lambda x, w, n, r, rows: ffi.packed_matmul(x, w, gate, n, eps, r, rows),
+        lambda x, w, n, r, rows: reference.packed_matmul(x, w, gate, n, eps, r),
         x, weights, norm, residual, rows,
-        cpu=lambda x, w, n, r, rows: ffi.packed_matmul(x, w, gate, n, eps, r, rows),
-        default=lambda x, w, n, r, rows: reference.packed_matmul(x, w, gate, n, eps, r),
     )  # fmt: skip
 
 
@@ -117,15 +143,9 @@ def dequantized_matmul(
             f"dequantized_matmul: x is {x.dtype}{list(x.shape)}; wanted float32 or bfloat16 "
             f"[..., {weights.cols}] for the {weights.rows} x {weights.cols} weights"
         )
-    if impl == "reference" or (impl == "auto" and not ffi.available()):
-        return reference.dequantized_matmul(x, weights)
-    if impl == "ffi":
-        return _matmul_in_parts(x, weights, rows)
-    if impl != "auto":
-        raise ValueError(f"impl={impl!r} is not auto, ffi or reference")
-    return jax.lax.platform_dependent(
+    return either(
+        impl, _matmul_in_parts, lambda x, w, rows: reference.dequantized_matmul(x, w),
         x, weights, rows,
-        cpu=_matmul_in_parts, default=lambda x, w, rows: reference.dequantized_matmul(x, w),
     )  # fmt: skip
 
 
@@ -194,22 +214,17 @@ def screened_logits(
             f"screened_logits: x has shape {x.shape} and ranks {ranks.shape}; wanted [..., {D}] "
             "and the same leading dimensions"
         )
-    if rows is not None and (impl == "ffi" or (impl == "auto" and ffi.available())):
-        return _screened_rows(x, table_VxD, screen, ranks, rows, allowed)
-    if allowed is not None:
-        ranks = jnp.full_like(ranks, V)  # the allowed ones among them
+    if rows is not None:
+        return either(
+            impl, _screened_rows, _screened_rows_twin,
+            x, table_VxD, screen, ranks, rows, allowed,
+        )  # fmt: skip
     # Few rows wait for memory, so a second part costs nothing and halves the bound; many do not.
     parts_of_x = 2 if math.prod(x.shape[:-1]) <= TWO_PART_ROWS else 1
     parts = reference.int8_parts(screen.expand(x.astype(jnp.float32)), parts_of_x)
     approximate = packed_matmul(parts, screen.weights, impl=impl)
     operands = (x, parts, approximate, table_VxD, screen, ranks)
-    if impl == "reference" or (impl == "auto" and not ffi.available()):
-        return reference.screened_logits(*operands)
-    if impl == "ffi":
-        return ffi.screened_logits(*operands)
-    return jax.lax.platform_dependent(
-        *operands, cpu=ffi.screened_logits, default=reference.screened_logits
-    )
+    return either(impl, ffi.screened_logits, reference.screened_logits, *operands)
 
 
 def _screened_rows(
@@ -225,6 +240,20 @@ def _screened_rows(
     wanted_R = jnp.arange(len(x_RxD)) < rows_1
     ranks_R = jnp.where(wanted_R, jnp.maximum(ranks_R, 1), -1)
     return ffi.screened_logits(x_RxD, parts, approximate, table_VxD, screen, ranks_R, allowed_RxW)
+
+
+def _screened_rows_twin(
+    x_RxD: jax.Array,
+    table_VxD: jax.Array,
+    screen: Screen,
+    ranks_R: jax.Array,
+    rows_1: jax.Array,
+    allowed_RxW: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    del rows_1  # all are computed
+    if allowed_RxW is not None:
+        ranks_R = jnp.full_like(ranks_R, len(table_VxD))  # the allowed ones among them
+    return screened_logits(x_RxD, table_VxD, screen, ranks_R, impl="reference")
 
 
 def attention_fits(head_dim: int) -> bool:
@@ -266,20 +295,13 @@ def cached_attention(
     operands = (qkv_BxTxNxh, turn_BxTxh, positions_BxT, *cache)
     _check_attention(qkv_BxTxNxh, turn_BxTxh, positions_BxT, cache)
     h = qkv_BxTxNxh.shape[-1]
-    if impl == "reference" or (impl == "auto" and not (attention_fits(h) and ffi.available())):
-        return reference.cached_attention(*operands)
-    if impl == "ffi":
-        if not attention_fits(h):
-            raise ValueError(
-                "cached_attention: the custom call takes heads of 16..512 dimensions, a multiple "
-                f"of 16; got {h}"
-            )
-        return ffi.cached_attention(*operands)
-    if impl != "auto":
-        raise ValueError(f"impl={impl!r} is not auto, ffi or reference")
-    return jax.lax.platform_dependent(
-        *operands, cpu=ffi.cached_attention, default=reference.cached_attention
-    )
+    fits = attention_fits(h)
+    if impl == "ffi" and not fits:
+        raise ValueError(
+            "cached_attention: the custom call takes heads of 16..512 dimensions, a multiple "
+            f"of 16; got {h}"
+        )
+    return either(impl, ffi.cached_attention, reference.cached_attention, *operands, fits=fits)
 
 
 def _check_attention(

@@ -1,11 +1,11 @@
-"""The packed product as XLA custom calls on CPU: registration and kernel choice.
+"""XLA custom calls on CPU: registration, kernel choice, and the calls of inference.
 
 The arithmetic is stated in ffi/kernel.h and ffi/epilogue.h, the layouts of codes in
 ffi/packed_format.h (whose Python twin is bitjax/packing.py). This is the only importer of
 `bitjax._ffi`, and it imports it on first use, so that `import bitjax` works without the extension.
 
-Deliberately absent: any fallback (that choice is `bitjax.ops`'), gradients (packed weights are for
-inference), and platforms other than CPU.
+Deliberately absent: any fallback (that choice is `bitjax.ops`'), gradients (the calls of training
+are `bitjax.ops.ffi_training`'s), and platforms other than CPU.
 """
 
 from __future__ import annotations
@@ -43,7 +43,12 @@ def _extension() -> ModuleType | None:
     return extension
 
 
-def _load() -> ModuleType:
+def load() -> ModuleType:
+    """The extension, its custom calls registered.
+
+    Raises:
+      ModuleNotFoundError: it is not installed.
+    """
     with _lock:  # functools.cache alone would let two threads register
         extension = _extension()
     if extension is None:
@@ -63,7 +68,7 @@ def available() -> bool:
 
 def kernels() -> tuple[str, ...]:
     """Names of the kernels this machine can run, fastest first."""
-    return tuple(_load().kernels_available())
+    return tuple(load().kernels_available())
 
 
 def active_kernel() -> str:
@@ -72,7 +77,7 @@ def active_kernel() -> str:
     Raises ValueError when the environment variable BITJAX_KERNEL names a kernel that is unknown
     or that this machine cannot run.
     """
-    return str(_load().active_kernel())
+    return str(load().active_kernel())
 
 
 def force_kernel(name: str | None) -> None:
@@ -81,33 +86,33 @@ def force_kernel(name: str | None) -> None:
     Process state that is read when a product runs: compiled functions follow it too. Raises
     ValueError, and changes nothing, when the kernel is unknown or this machine cannot run it.
     """
-    _load().force_kernel(name)
+    load().force_kernel(name)
 
 
 def kernel_calls() -> dict[str, int]:
     """How many products each compiled kernel has run in this process so far."""
-    return dict(_load().kernel_calls())
+    return dict(load().kernel_calls())
 
 
 def set_threads(threads: int | None) -> int | None:
     """`bitjax.set_threads`; returns the limit until now."""
-    before: int | None = _load().set_threads(threads)
+    before: int | None = load().set_threads(threads)
     return before
 
 
 def attention_calls() -> dict[str, int]:
     """How many times each compiled kernel has run cached attention in this process so far."""
-    return dict(_load().attention_calls())
+    return dict(load().attention_calls())
 
 
 def dot_rounds(rounds: int) -> int:
     """Runs rounds of independent integer dot products in registers; returns their multiply-adds."""
-    return int(_load().dot_rounds(rounds))
+    return int(load().dot_rounds(rounds))
 
 
 def read_all(array: np.ndarray) -> int:
     """Reads every byte of a flat uint8 array with wide loads; returns a number that folds them."""
-    return int(_load().read_all(array))
+    return int(load().read_all(array))
 
 
 _GATES = {"none": 0, "relu2": 1, "silu": 2}
@@ -160,7 +165,7 @@ def _call(
     wanted: jax.Array | None,
     **attributes: np.generic,
 ) -> jax.Array:
-    _load()
+    load()
     *lead, features = x.shape
     rows = math.prod(lead)
     multipliers = weights.multipliers
@@ -197,7 +202,7 @@ def cached_attention(
       ValueError: when the program runs, shapes or dtypes that do not fit.
       ModuleNotFoundError: the extension is not installed.
     """
-    _load()
+    load()
     B, T, N, h = qkv_BxTxNxh.shape
     heads = N - 2 * cache[0].shape[1]
     mixed = jax.ShapeDtypeStruct((B, T, heads * h), qkv_BxTxNxh.dtype)
@@ -227,7 +232,7 @@ def screened_logits(
       ValueError: when the program runs, shapes or dtypes that do not fit.
       ModuleNotFoundError: the extension is not installed.
     """
-    _load()
+    load()
     *lead, D = x.shape
     rows, P, V = math.prod(lead), parts.shape[-2], table_VxD.shape[0]
     call = jax.ffi.ffi_call(
@@ -263,7 +268,7 @@ def paged_attention(
         sequences or pages out of range.
       ModuleNotFoundError: the extension is not installed.
     """
-    _load()
+    load()
     R, N, h = qkv_RxNxh.shape
     heads = N - 2 * cache[0].shape[1]
     mixed = jax.ShapeDtypeStruct((R, heads * h), qkv_RxNxh.dtype)
@@ -285,7 +290,7 @@ def prepare(
       ValueError: when the program runs, shapes or dtypes that do not fit.
       ModuleNotFoundError: the extension is not installed.
     """
-    _load()
+    load()
     R, width = x_RxK.shape
     shape = jax.ShapeDtypeStruct((R, width if gate == "none" else width // 2), x_RxK.dtype)
     norm = jnp.zeros((0,), jnp.float32) if norm is None else norm
@@ -300,7 +305,7 @@ def float_matmul(x_RxK: jax.Array, table_NxK: jax.Array, count_1: jax.Array) -> 
       ValueError: when the program runs, shapes or dtypes that do not fit.
       ModuleNotFoundError: the extension is not installed.
     """
-    _load()
+    load()
     shape = jax.ShapeDtypeStruct((len(x_RxK), len(table_NxK)), jnp.float32)
     call = jax.ffi.ffi_call("bitjax_float_matmul", shape, vmap_method="sequential")
     return call(x_RxK, table_NxK, count_1)
@@ -313,7 +318,7 @@ def screen_parts(x_RxD: jax.Array, screen: Screen, count_1: jax.Array) -> jax.Ar
       ValueError: when the program runs, shapes or dtypes that do not fit.
       ModuleNotFoundError: the extension is not installed.
     """
-    _load()
+    load()
     shape = jax.ShapeDtypeStruct((len(x_RxD), 1, screen.weights.cols), jnp.float32)
     call = jax.ffi.ffi_call("bitjax_screen_parts", shape, vmap_method="sequential")
     return call(x_RxD.astype(jnp.float32), screen.dither, count_1)
@@ -326,115 +331,14 @@ def sample(logits: np.ndarray, *operands: np.ndarray) -> None:
       ValueError: sizes that do not fit, or numbers out of range.
       ModuleNotFoundError: the extension is not installed.
     """
-    _load().sample(logits, *operands)
+    load().sample(logits, *operands)
 
 
 def noise(seed: int, sample: int, position: int) -> float:
     """The number in (0, 1) that decides the token of this position; see ffi/sampling.h."""
-    return float(_load().noise(seed, sample, position))
+    return float(load().noise(seed, sample, position))
 
 
 def training_products() -> bool:
-    """Whether this machine can run `train_forward` and `train_backward`."""
-    return bool(_load().training_products())
-
-
-def train_forward(
-    x_MxK: jax.Array, w_NxK: jax.Array, w_scale_N: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`bitjax.ops.training`'s forward pass: y float32 `[M, N]`, q int8 `[M, K']`, scales `[M]`.
-
-    K' is K rounded up to 64; q is zero there.
-    """
-    _load()
-    (M, K), N = x_MxK.shape, len(w_NxK)
-    padded = -(-K // _ROW) * _ROW
-    scratch = _panel_bytes(N, -(-K // 4)) + 4 * M
-    call = jax.ffi.ffi_call(
-        "bitjax_train_forward",
-        (
-            jax.ShapeDtypeStruct((M, N), jnp.float32),
-            jax.ShapeDtypeStruct((M, padded), jnp.int8),
-            jax.ShapeDtypeStruct((M,), jnp.float32),
-            jax.ShapeDtypeStruct((scratch,), jnp.uint8),
-        ),
-        vmap_method="sequential",
-    )
-    y, q, x_scale, _ = call(x_MxK, w_NxK, w_scale_N)
-    return y, q, x_scale
-
-
-def train_backward(
-    dy_MxN: jax.Array, q: jax.Array, x_scale_M: jax.Array, w_NxK: jax.Array, w_scale_N: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """`bitjax.ops.training`'s backward pass: dx `[M, K]` and `bf16(dy * s_x).T @ q`, `[N, K]`."""
-    _load()
-    (M, N), K = dy_MxN.shape, w_NxK.shape[1]
-    m, n = -(-M // 2), -(-N // 2)
-    rows = -(-M * n * 4 // 64) * 64
-    strips = -(-N // _STRIP) * _STRIP * m * 4
-    call = jax.ffi.ffi_call(
-        "bitjax_train_backward",
-        (
-            jax.ShapeDtypeStruct((M, K), jnp.float32),
-            jax.ShapeDtypeStruct((N, K), jnp.float32),
-            jax.ShapeDtypeStruct(
-                (rows + strips + _panel_bytes(K, n) + _panel_bytes(K, m),), jnp.uint8
-            ),
-        ),
-        vmap_method="sequential",
-    )
-    dx, dw, _ = call(dy_MxN, q, x_scale_M, w_NxK, w_scale_N)
-    return dx, dw
-
-
-def train_attention(
-    num_heads: int, qkv_BxTxNxh: jax.Array, turn_BxTxh: jax.Array, segments: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """`bitjax.ops.training_attention`, forward: out `[B, T, H h]` and rows `[B, H, 2, T]`."""
-    _load()
-    B, T, _, h = qkv_BxTxNxh.shape
-    call = jax.ffi.ffi_call(
-        "bitjax_train_attention",
-        (
-            jax.ShapeDtypeStruct((B, T, num_heads * h), jnp.float32),
-            jax.ShapeDtypeStruct((B, num_heads, 2, T), jnp.float32),
-        ),
-        vmap_method="sequential",
-    )
-    out, rows = call(qkv_BxTxNxh, turn_BxTxh, segments)
-    return out, rows
-
-
-def train_attention_backward(
-    qkv_BxTxNxh: jax.Array,
-    turn_BxTxh: jax.Array,
-    segments: jax.Array,
-    out_BxTxHh: jax.Array,
-    rows_BxHx2xT: jax.Array,
-    d_out_BxTxHh: jax.Array,
-) -> jax.Array:
-    """`bitjax.ops.training_attention`, backward: the gradient of qkv."""
-    _load()
-    B, T, N, h = qkv_BxTxNxh.shape
-    H = rows_BxHx2xT.shape[1]
-    G = (N - H) // 2
-    parts = min(H // G * -(-T // _BLOCK), -(-_CHUNKS // max(B * G, 1)))
-    call = jax.ffi.ffi_call(
-        "bitjax_train_attention_backward",
-        (
-            jax.ShapeDtypeStruct(qkv_BxTxNxh.shape, jnp.float32),
-            jax.ShapeDtypeStruct((B * G * parts * 2 * T * h * (parts > 1),), jnp.float32),
-        ),
-        vmap_method="sequential",
-    )
-    gradient, _ = call(qkv_BxTxNxh, turn_BxTxh, segments, out_BxTxHh, rows_BxHx2xT, d_out_BxTxHh)
-    return gradient
-
-
-_BLOCK, _CHUNKS = 64, 32  # kAttentionBlock, kWantedChunks of ffi/
-_ROW, _PANEL, _STRIP = 64, 64, 48  # kRowPadding, kPanelColumns, kStripRows of ffi/
-
-
-def _panel_bytes(columns: int, groups: int) -> int:
-    return -(-columns // _PANEL) * _PANEL * groups * 4
+    """Whether this machine can run the products of a training step."""
+    return bool(load().training_products())

@@ -15,7 +15,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from bitjax.ops import Impl, attention_fits, ffi, reference
+from bitjax.ops import Impl, attention_fits, either, ffi, reference
 from bitjax.ops.reference import KEY_BLOCK, Gate
 
 PAGE = KEY_BLOCK  # slots of a page
@@ -75,15 +75,7 @@ def paged_attention(
             f"{list(qkv_RxNxh.shape)} and {list(cache[0].shape)}"
         )
     fits = attention_fits(qkv_RxNxh.shape[-1])
-    if impl == "reference" or (impl == "auto" and not (fits and ffi.available())):
-        return reference.paged_attention(*operands)
-    if impl == "ffi":
-        return ffi.paged_attention(*operands)
-    if impl != "auto":
-        raise ValueError(f"impl={impl!r} is not auto, ffi or reference")
-    return jax.lax.platform_dependent(
-        *operands, cpu=ffi.paged_attention, default=reference.paged_attention
-    )
+    return either(impl, ffi.paged_attention, reference.paged_attention, *operands, fits=fits)
 
 
 def prepare(
@@ -98,7 +90,7 @@ def prepare(
     """`norm(gate(x))` in float32 between, `[R, K]` in x's dtype; with a gate x is `[R, 2K]`.
 
     Raises:
-        ValueError: when it runs, shapes that do not fit.
+        ValueError: an unknown `impl`; when it runs, shapes that do not fit.
         ModuleNotFoundError: `impl="ffi"` without the extension.
     """
 
@@ -111,11 +103,7 @@ def prepare(
     def call(x: jax.Array, norm: jax.Array | None, count_1: jax.Array) -> jax.Array:
         return ffi.prepare(x, gate, norm, eps, count_1)
 
-    if impl == "reference" or (impl == "auto" and not ffi.available()):
-        return twin(x_RxK, norm, count_1)
-    if impl == "ffi":
-        return call(x_RxK, norm, count_1)
-    return jax.lax.platform_dependent(x_RxK, norm, count_1, cpu=call, default=twin)
+    return either(impl, call, twin, x_RxK, norm, count_1)
 
 
 def float_matmul(
@@ -124,7 +112,7 @@ def float_matmul(
     """`x @ table.T`, both float32 or bfloat16, summed in float32: `[R, N]`.
 
     Raises:
-        ValueError: when it runs, shapes that do not fit.
+        ValueError: an unknown `impl`; when it runs, shapes that do not fit.
         ModuleNotFoundError: `impl="ffi"` without the extension.
     """
 
@@ -134,8 +122,4 @@ def float_matmul(
             precision=jax.lax.Precision.HIGHEST,
         )  # fmt: skip
 
-    if impl == "reference" or (impl == "auto" and not ffi.available()):
-        return twin(x_RxK, table_NxK, count_1)
-    if impl == "ffi":
-        return ffi.float_matmul(x_RxK, table_NxK, count_1)
-    return jax.lax.platform_dependent(x_RxK, table_NxK, count_1, cpu=ffi.float_matmul, default=twin)
+    return either(impl, ffi.float_matmul, twin, x_RxK, table_NxK, count_1)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from bitjax.ops import ffi
+from bitjax.ops import ffi, ffi_training
 from bitjax.quant import int8_per_token
 
 _Kept = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # q, s_x, w, s_w
@@ -39,20 +39,20 @@ def bit_product(x_MxK: jax.Array, w_NxK: jax.Array, w_scale_N: jax.Array) -> jax
 
     Raises:
         ValueError: when the program runs, shapes or dtypes that do not fit, or a processor
-            without the instructions (`bitjax.ops.training.available`).
+            without the instructions (`require_available`).
         ModuleNotFoundError: the extension is not installed.
     """
-    return ffi.train_forward(x_MxK, w_NxK, w_scale_N)[0]
+    return ffi_training.train_forward(x_MxK, w_NxK, w_scale_N)[0]
 
 
 def _forward(x_MxK: jax.Array, w_NxK: jax.Array, w_scale_N: jax.Array) -> tuple[jax.Array, _Kept]:
-    y, q, x_scale = ffi.train_forward(x_MxK, w_NxK, w_scale_N)
+    y, q, x_scale = ffi_training.train_forward(x_MxK, w_NxK, w_scale_N)
     return y, (q, x_scale, w_NxK, w_scale_N)
 
 
 def _backward(kept: _Kept, dy_MxN: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     q, x_scale, w, w_scale = kept
-    dx, dw = ffi.train_backward(dy_MxN, q, x_scale, w, w_scale)
+    dx, dw = ffi_training.train_backward(dy_MxN, q, x_scale, w, w_scale)
     return dx, dw * w_scale[:, None], (dw * w).sum(-1)
 
 

@@ -19,7 +19,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from bitjax.ops import ffi
+from bitjax.ops import ffi, ffi_training
 
 _Kept = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]  # operands, out, rows
 
@@ -64,19 +64,19 @@ def train_attention(
 def _attention(
     num_heads: int, qkv_BxTxNxh: jax.Array, turn_BxTxh: jax.Array, segments: jax.Array
 ) -> jax.Array:
-    return ffi.train_attention(num_heads, qkv_BxTxNxh, turn_BxTxh, segments)[0]
+    return ffi_training.train_attention(num_heads, qkv_BxTxNxh, turn_BxTxh, segments)[0]
 
 
 def _forward(
     num_heads: int, qkv_BxTxNxh: jax.Array, turn_BxTxh: jax.Array, segments: jax.Array
 ) -> tuple[jax.Array, _Kept]:
-    out, rows = ffi.train_attention(num_heads, qkv_BxTxNxh, turn_BxTxh, segments)
+    out, rows = ffi_training.train_attention(num_heads, qkv_BxTxNxh, turn_BxTxh, segments)
     return out, (qkv_BxTxNxh, turn_BxTxh, segments, out, rows)
 
 
 def _backward(num_heads: int, kept: _Kept, d_out: jax.Array) -> tuple[jax.Array, None, None]:
     del num_heads  # the shape of `out` says it
-    return ffi.train_attention_backward(*kept, d_out), None, None
+    return ffi_training.train_attention_backward(*kept, d_out), None, None
 
 
 _attention.defvjp(_forward, _backward)

@@ -8,7 +8,7 @@ import threading
 
 import numpy as np
 import pytest
-from engines import CONTEXT, engine_of, full_logits, model_of, rescheduled
+from engines import CONTEXT, engine_of, full_logits, model_of, rescheduled, watched
 from flax import nnx
 
 from bitjax.engine import Engine, EngineConfig, Request, Sampling
@@ -187,6 +187,21 @@ def test_wrong_guesses_leave_no_trace(engine):
     guessed = only(engine, "abab", sampling)
     assert guessed.choices == plain.choices
     assert 0 < guessed.usage.accepted < guessed.usage.guessed
+
+
+def test_wrong_guesses_do_not_change_what_the_screen_makes_exact():
+    """A token that was only guessed is none of those that a penalty concerns."""
+    engine = engine_of("screened", max_sequences=1)
+    prompt = "xyzaxyzbxyzcxyzd" * 4
+    for seed in range(3):
+        sampling = Sampling(max_new_tokens=30, frequency_penalty=0.3, seed=seed, temperature=1.0)
+        with watched(engine) as plain_rows:
+            plain = only(engine, prompt, dataclasses.replace(sampling, lookup=False))
+        with watched(engine) as rows:
+            guessed = only(engine, prompt, sampling)
+        assert guessed.usage.guessed > guessed.usage.accepted
+        assert guessed.choices == plain.choices
+        assert {key: rows[key] for key in plain_rows} == plain_rows
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ beginnings, guesses, threads. Texts, log-probabilities and every row of logits m
 
 import random
 
-import numpy as np
 import pytest
 from engines import CONTEXT, engine_of, rescheduled, watched, what
 
@@ -149,4 +148,3 @@ def test_the_hash_tells_rows_apart():
     engine = kernels_engine()
     _, rows = run(engine, [requests()[i] for i in (1, 2, 3)])
     assert len(set(rows.values())) > 0.9 * len(rows)
-    assert np.isfinite(len(rows))

@@ -36,6 +36,9 @@ def test_sampling(changes, message):
         ({"step_tokens": 0}, "step_tokens=0 is below 1"),
         ({"lookup": -1}, "lookup=-1 is below 0"),
         ({"lookup_rows": -1}, "lookup_rows=-1 is below 0"),
+        ({"cache_dtype": "int4"}, "cache_dtype='int4' is not one of float32, bfloat16, int8"),
+        ({"memory": 1e9}, r"memory=1000000000\.0 is not of type int or None"),
+        ({"max_sequences": "8"}, "max_sequences='8' is not of type int"),
     ],
 )
 def test_sizes(changes, message):

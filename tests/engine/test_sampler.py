@@ -108,17 +108,17 @@ def test_edits_are_the_equations(seed, repetition, presence, frequency, bias, pr
     assert wanted[drawn] >= wanted.max() - 1e-4
 
 
-def test_edits_are_taken_back():
+def test_a_copy_of_edits_leaves_the_original_alone():
     sampling = Sampling(repetition_penalty=1.2, frequency_penalty=0.5)
     edits = Edits(sampling, [1, 2])
     edits.add(3)
-    before = {t: v.tolist() for t, v in zip(*edits.arrays, strict=True)}
-    for token in (3, 4, 1):
-        seen = edits.seen(token)
-        edits.add(token)
-        edits.remove(token, seen)
-    after = {t: v.tolist() for t, v in zip(*edits.arrays, strict=True)}
-    assert {t: v for t, v in after.items() if any(v)} == before
+    before = [array.tolist() for array in edits.arrays]
+    copied = edits.copy()
+    assert [array.tolist() for array in copied.arrays] == before
+    for token in (3, 4, 1, *range(10, 20)):
+        copied.add(token)
+    assert [array.tolist() for array in edits.arrays] == before
+    assert len(copied.arrays[0]) == 3 + 1 + 10
 
 
 def test_greedy_takes_the_first_of_the_largest():

@@ -15,6 +15,7 @@ import pytest
 from test_cached_attention import assert_same_bits, cache_of, make
 
 from bitjax import ops
+from bitjax.infer.convert import make_screen
 from bitjax.ops import ffi, reference, rows
 from bitjax.packing import pack
 
@@ -206,3 +207,31 @@ def test_screened_rows_do_not_know_each_other():
     parts = np.asarray(jax.jit(ffi.screen_parts)(x, screen, count(6)))
     np.testing.assert_allclose(parts, twin, atol=1.1 * np.abs(parts).max() / 127)
     assert (parts == np.asarray(twin)).mean() > 0.95
+
+
+def test_other_platforms_are_served_by_pure_jax():
+    """The same program lowers for a GPU, where there are no custom calls."""
+    x, table = np.ones((3, 62), F32), np.ones((40, 62), BF16)
+    screen, ranks, allowed = make_screen([table]), np.ones(3, np.int32), np.ones((3, 2), np.uint32)
+    qkv, where, store, _ = paged([2], [5], F32, blocks=2)
+    for function, *operands in (
+        (lambda *o: ops.screened_logits(*o[:4], rows=o[4]), x, table, screen, ranks, count(2)),
+        (
+            lambda *o: ops.screened_logits(*o[:4], rows=o[4], allowed=o[5]),
+            x, table, screen, ranks, count(2), allowed,
+        ),
+        (rows.prepare, x, count(2)),
+        (rows.float_matmul, x, table, count(2)),
+        (rows.paged_attention, qkv, where, *store),
+    ):  # fmt: skip
+        traced = jax.jit(function).trace(*operands)
+        assert "bitjax_" in traced.lower(lowering_platforms=("cpu",)).as_text()
+        assert "bitjax_" not in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_an_unknown_implementation():
+    x = np.ones((1, 4), F32)
+    with pytest.raises(ValueError, match="impl='fast' is not auto, ffi or reference"):
+        rows.prepare(x, count(1), impl="fast")
+    with pytest.raises(ValueError, match="impl='fast' is not auto, ffi or reference"):
+        rows.float_matmul(x, x, count(1), impl="fast")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import bitjax
-from bitjax.ops import ffi, reference
+from bitjax.ops import ffi, ffi_training, reference
 from bitjax.ops.training_attention import require_available, train_attention
 
 needs_extension = pytest.mark.skipif(not ffi.available(), reason="the extension is not installed")
@@ -285,7 +285,7 @@ def test_wrong_operands_are_refused(change, message):
     qkv, turn, _ = operands(1, 4, 2, 1, 16)
     given = {"qkv": qkv, "turn": turn, "segments": np.ones((1, 4), np.int32)} | change
     with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match=message):
-        jax.block_until_ready(ffi.train_attention(2, *given.values()))
+        jax.block_until_ready(ffi_training.train_attention(2, *given.values()))
 
 
 def test_machines_that_cannot_are_told(monkeypatch):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitjax.ops import ffi
+from bitjax.ops import ffi, ffi_training
 from bitjax.ops.training import bit_product, bit_product_reference, require_available
 from bitjax.quant import int8_per_token
 
@@ -37,7 +37,7 @@ SHAPES = [(1, 1, 1), (7, 64, 64), (5, 3, 65), (193, 130, 49), (0, 8, 4), (1, 110
 @pytest.mark.parametrize(("M", "K", "N"), SHAPES)
 def test_custom_calls_are_numpys_products(M, K, N):
     x, w, w_scale, dy = operands(M, K, N)
-    y, q, x_scale = map(np.asarray, ffi.train_forward(x, w, w_scale))
+    y, q, x_scale = map(np.asarray, ffi_training.train_forward(x, w, w_scale))
     codes, scales = int8_per_token(jnp.asarray(x)) if M else (np.zeros((0, K)), np.zeros((0, 1)))
     codes, scales = np.asarray(codes), np.asarray(scales)[:, 0]
     np.testing.assert_array_equal(q[:, :K], codes)
@@ -46,7 +46,7 @@ def test_custom_calls_are_numpys_products(M, K, N):
     sums = codes.astype(np.int64) @ w.astype(np.int64).T
     np.testing.assert_array_equal(y, sums.astype(np.float32) * (scales[:, None] * w_scale))
 
-    dx, dw = map(np.asarray, ffi.train_backward(dy, q, x_scale, w, w_scale))
+    dx, dw = map(np.asarray, ffi_training.train_backward(dy, q, x_scale, w, w_scale))
     for found, a, b in (
         (dx, bf16(dy * w_scale), w),
         (dw, bf16(dy * scales[:, None]).T, codes),
@@ -113,7 +113,7 @@ def test_wrong_operands_are_refused(change, message):
     given = {"x": np.ones((2, 8), np.float32), "w": np.ones((4, 8), np.float32),
              "w_scale": np.ones(4, np.float32)} | change  # fmt: skip
     with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match=message):
-        jax.block_until_ready(ffi.train_forward(*given.values()))
+        jax.block_until_ready(ffi_training.train_forward(*given.values()))
 
 
 def test_machines_without_the_instructions_are_told(monkeypatch):
