@@ -1,5 +1,6 @@
 """The server on a tiny model: OpenAI's client, limits, and clients that behave badly."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import json
@@ -22,6 +23,8 @@ from bitjax.config import EngineConfig, ServeConfig
 from bitjax.engine import Engine, Request, Sampling
 from bitjax.infer import pack_model
 from bitjax.model.files import save_model
+from bitjax.protocol import BadRequest
+from bitjax.serve import make_worker
 
 pytestmark = pytest.mark.xdist_group("server")  # one worker makes its fixtures
 
@@ -474,6 +477,24 @@ def test_an_engine_that_fails(model, monkeypatch, caplog):
             assert (status, said["error"]["message"]) == (503, wanted)
         assert ask(address, "GET", "/v1/models")[0] == 200
     assert "the engine failed" in caplog.text
+
+
+def test_an_engine_that_fails_while_a_prompt_is_encoded(model):
+    """Nothing would ever answer what it was given afterwards."""
+
+    async def run():
+        worker = make_worker(model, EngineConfig(max_sequences=2), CONFIG)
+        worker.start()
+        ticket = worker.reserve(1)
+        worker._fail("RuntimeError: out of memory")
+        wanted = "the engine has failed: RuntimeError: out of memory"
+        with pytest.raises(BadRequest, match=wanted) as found:
+            await worker.submit(ticket, [(1,)], Sampling())
+        worker.release(ticket, "ended early")
+        worker.stop()
+        return found.value.status, worker.reserved, worker.live
+
+    assert asyncio.run(run()) == (503, 0, 0)
 
 
 def test_sigterm_finishes_what_was_begun(model, tmp_path):
