@@ -543,6 +543,7 @@ def test_command_line_errors(capsys, tmp_path):
             (("--api-key", ""), "--api-key is empty"),
             (("--host", "nowhere.invalid"), "cannot listen on nowhere.invalid port 8000: "),
             (("--sequences", 0), "max_sequences=0 is below 1"),
+            (("--memory", "inf"), "--memory inf is no size"),
         ):
             arguments = ["serve", tmp_path / "m.safetensors", *more]
             assert cli.main([str(a) for a in arguments]) == 1
