@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import openai
 import pytest
@@ -385,6 +386,7 @@ def test_a_client_that_does_not_read(address, server):
     with opened(address, post("/v1/completions", body), receive_buffer=4096) as connection:
         wait_for(lambda: worker.reserved)
         idle(worker)
+        wait_for(lambda: not has_other_end(connection))  # it waits for no reader
         read = b""
         with contextlib.suppress(ConnectionResetError):
             while piece := connection.recv(1 << 20):
@@ -394,6 +396,17 @@ def test_a_client_that_does_not_read(address, server):
     made = worker.engine.stats.completion_tokens - made
     assert cancelled(address, "client slow") - before == (made < 16 * 200)
     assert ask(address, "POST", "/v1/completions", {"prompt": "a", "max_tokens": 1})[0] == 200
+
+
+def has_other_end(connection):
+    """Whether a process still has the server's end, which Linux tells by its inode."""
+    ports = [name[1] for name in (connection.getpeername(), connection.getsockname())]
+    table = Path("/proc/net/tcp")
+    for line in table.read_text().splitlines()[1:] if table.exists() else ():
+        fields = line.split()
+        if [int(field.rpartition(":")[2], 16) for field in fields[1:3]] == ports:
+            return fields[9] != "0"
+    return False
 
 
 def cancelled(address, reason):
