@@ -260,8 +260,11 @@ def _parsed(index: int, raw: bytes | None, json_lines: bool) -> Line:
         text = raw.decode()
     except UnicodeDecodeError as error:
         return Line(index, None, f"not UTF-8: {error.reason} at byte {error.start} of the line")
-    if not json_lines:
-        return Line(index, text)
+    return from_json(index, text) if json_lines else Line(index, text)
+
+
+def from_json(index: int, text: str) -> Line:
+    """A line of JSON: a text, or an object of fields."""
     try:
         found = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
