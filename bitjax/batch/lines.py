@@ -212,7 +212,7 @@ class Source:
             name = self._field(column)
             if name in ("messages", "body") and isinstance(value, str):
                 value = _value(value)
-            found[name] = _json(value) if column in self.kept else _without_nulls(value)
+            found[name] = plain_json(value) if column in self.kept else _without_nulls(value)
         return Line(index, found)
 
 
@@ -286,15 +286,15 @@ def _value(cell: str) -> Any:
         return cell
 
 
-def _json(value: Any) -> Any:
-    """A value of a table as JSON can say it: NaN is null, dates and the like are texts."""
+def plain_json(value: Any) -> Any:
+    """A value as JSON can say it: NaN and infinity are null, dates and the like are texts."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, dict):
-        return {str(k): _json(v) for k, v in value.items()}
-    return [_json(v) for v in value] if isinstance(value, list | tuple) else str(value)
+        return {str(k): plain_json(v) for k, v in value.items()}
+    return [plain_json(v) for v in value] if isinstance(value, list | tuple) else str(value)
 
 
 def _without_nulls(value: Any) -> Any:
