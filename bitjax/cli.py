@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitjax import __version__
-from bitjax.cli_batch import add_batch_arguments, run_batch_command
+from bitjax.cli_batch import (
+    add_batch_arguments,
+    add_template_argument,
+    run_batch_command,
+    template_of,
+)
 from bitjax.cli_corpus import add_corpus_commands
 from bitjax.cli_eval import add_eval_arguments, run_eval
 from bitjax.cli_scale import add_scale_commands
@@ -279,13 +284,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     model_argument(chat)
     chat.add_argument("--system", default="", metavar="TEXT", help="the system prompt")
-    chat.add_argument(
-        "--template",
-        type=Path,
-        default=None,
-        metavar="FILE",
-        help="a chat template in Jinja (default: the model's own)",
-    )
+    add_template_argument(chat)
     sampling_arguments(chat, max_new_tokens=1024)
 
     convert = command(
@@ -485,22 +484,11 @@ def _chat(arguments: argparse.Namespace) -> None:
     from bitjax.infer import Generator
 
     params = _sampling(arguments)
-    template = None
-    if arguments.template is not None:
-        template = _text_of(arguments.template)
+    template = template_of(arguments.template)
     model = load(arguments.model, arguments.impl)
     form = ChatFormat(model.tokenizer, model.config, template)
     conversation = Conversation(form, model.config.max_seq_len, arguments.system)
     run_chat(Generator(model, arguments.cache), conversation, params)
-
-
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}"
-        ) from None
 
 
 def _sampling(arguments: argparse.Namespace) -> SamplingParams:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,7 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep", action="append", default=[], metavar="NAME",
         help="copy this field or column to the output; repeatable",
     )  # fmt: skip
-    add("--template", type=Path, metavar="FILE", help="a chat template in Jinja (default: the "
-        "model's own)")  # fmt: skip
+    add_template_argument(parser)
     sampling = parser.add_argument_group(
         "sampling", "where a line does not say otherwise; in OpenAI's format its own defaults hold"
     )
@@ -62,6 +62,12 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
         help="of lines without one, each of which gets its own of it (default: 0)",
     )  # fmt: skip
     add_engine_arguments(parser)
+
+
+def add_template_argument(parser: argparse.ArgumentParser) -> None:
+    """For chats; `template_of` reads it."""
+    parser.add_argument("--template", type=Path, metavar="FILE",
+                        help="a chat template in Jinja (default: the model's own)")  # fmt: skip
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,8 +96,16 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def engine_config(arguments: argparse.Namespace) -> EngineConfig:
-    """What the arguments say of the engine."""
-    memory = None if arguments.memory is None else int(arguments.memory * 1e9)
+    """What the arguments say of the engine.
+
+    Raises:
+        ValueError: sizes that are none.
+    """
+    memory = arguments.memory
+    if memory is not None:
+        if not math.isfinite(memory):
+            raise ValueError(f"--memory {memory} is no size")
+        memory = int(memory * 1e9)
     return EngineConfig(
         cache_dtype=arguments.cache, max_sequences=arguments.sequences,
         context=arguments.context, memory=memory,

@@ -6,7 +6,12 @@ import argparse
 import os
 from pathlib import Path
 
-from bitjax.cli_batch import add_engine_arguments, engine_config, template_of
+from bitjax.cli_batch import (
+    add_engine_arguments,
+    add_template_argument,
+    engine_config,
+    template_of,
+)
 from bitjax.config import ServeConfig
 
 KEY = "BITJAX_API_KEY"  # in the environment, where other users of the machine do not see it
@@ -23,8 +28,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         "--api-key", action="append", default=[], metavar="KEY",
         help=f"that clients must send; repeatable (default: ${KEY}, or none)",
     )  # fmt: skip
-    add("--template", type=Path, metavar="FILE", help="a chat template in Jinja (default: the "
-        "model's own)")  # fmt: skip
+    add_template_argument(parser)
     limits = parser.add_argument_group("limits")
     add = limits.add_argument
     add(

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from bitjax import api
-from bitjax.batch.lines import Line, Source
+from bitjax.batch.lines import Line, Source, from_json
 from bitjax.batch.requests import Item, Reader, record_of
 from bitjax.config import BatchConfig, EngineConfig
 from bitjax.engine import Completion, Engine
@@ -44,8 +44,9 @@ class Answer:
     """Answers the rows of a batch, columns as NumPy arrays or lists.
 
     A row has "index", which no other has, and either "line", the JSON of a line of `bitjax batch`,
-    or columns of its fields. What comes has "index", "id", "text", "finish_reason", "error" (empty
-    without one), "choices" (JSON, of several samples), "prompt_tokens", "completion_tokens".
+    and maybe "error", what is wrong with it, or columns of its fields. What comes has "index",
+    "id", "text", "finish_reason", "error" (empty without one), "choices" (JSON, of several
+    samples), "prompt_tokens", "completion_tokens".
 
     Args:
         path: of the model, on every node.
@@ -112,11 +113,11 @@ def _lines(batch: Columns) -> list[Line]:
     lines = []
     for row, index in enumerate(batch["index"]):
         if "line" in batch:
-            text = str(batch["line"][row])
-            try:
-                lines.append(Line(int(index), json.loads(text)))
-            except ValueError as error:
-                lines.append(Line(int(index), None, f"not JSON: {error}"))
+            error = str(batch["error"][row]) if "error" in batch else ""
+            lines.append(
+                Line(int(index), None, error) if error
+                else from_json(int(index), str(batch["line"][row]))
+            )  # fmt: skip
             continue
         fields = {name: _plain(batch[name][row]) for name in batch if name != "index"}
         lines.append(Line(int(index), {k: v for k, v in fields.items() if v is not None}))
@@ -135,7 +136,7 @@ def _plain(value: Any) -> Any:
 
 
 def prompts(path: str | Path, config: BatchConfig | None = None) -> Any:
-    """A file of prompts as a Ray dataset of "index" and "line", for `Answer`.
+    """A file of prompts as a Ray dataset of "index", "line" and "error", for `Answer`.
 
     Lines that `bitjax batch` could not read are rows whose answer is an error.
     """
@@ -143,6 +144,6 @@ def prompts(path: str | Path, config: BatchConfig | None = None) -> Any:
 
     config = config or BatchConfig()
     source = Source(Path(path), config.field, config.keep)
-    rows = [{"index": line.index, "line": json.dumps(line.value) if not line.error else line.error}
+    rows = [{"index": line.index, "line": json.dumps(line.value), "error": line.error}
             for line in source.read()]  # fmt: skip
     return ray.data.from_items(rows)

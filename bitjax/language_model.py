@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import operator
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -193,7 +194,7 @@ class LanguageModel:
                     raise found
                 return found
             try:
-                return self._encoder.prompt(tuple(int(token) for token in items))
+                return self._encoder.prompt(tuple(map(operator.index, items)))
             except (TypeError, ValueError) as error:
                 if isinstance(error, BadRequest):
                     raise

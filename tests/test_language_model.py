@@ -138,6 +138,8 @@ def test_a_stream(model, alone):
         ([272], r"token 272 of the prompt is not in 0\.\.271"),
         ([{"role": "tool", "content": "a"}], r"messages\[0\]\.role='tool' is not one of"),
         (["a", "b"], r"\['a', 'b'\] is no text, chat or list of tokens"),
+        (["1", "2"], r"\['1', '2'\] is no text, chat or list of tokens"),
+        ([1.5], r"\[1\.5\] is no text, chat or list of tokens"),
         (7, "7 is no text, chat or list of tokens"),
         (None, "None is no text, chat or list of tokens"),
     ],

@@ -212,7 +212,7 @@ class Source:
             name = self._field(column)
             if name in ("messages", "body") and isinstance(value, str):
                 value = _value(value)
-            found[name] = _json(value) if column in self.kept else _without_nulls(value)
+            found[name] = plain_json(value) if column in self.kept else _without_nulls(value)
         return Line(index, found)
 
 
@@ -260,8 +260,11 @@ def _parsed(index: int, raw: bytes | None, json_lines: bool) -> Line:
         text = raw.decode()
     except UnicodeDecodeError as error:
         return Line(index, None, f"not UTF-8: {error.reason} at byte {error.start} of the line")
-    if not json_lines:
-        return Line(index, text)
+    return from_json(index, text) if json_lines else Line(index, text)
+
+
+def from_json(index: int, text: str) -> Line:
+    """A line of JSON: a text, or an object of fields."""
     try:
         found = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -283,15 +286,15 @@ def _value(cell: str) -> Any:
         return cell
 
 
-def _json(value: Any) -> Any:
-    """A value of a table as JSON can say it: NaN is null, dates and the like are texts."""
+def plain_json(value: Any) -> Any:
+    """A value as JSON can say it: NaN and infinity are null, dates and the like are texts."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, dict):
-        return {str(k): _json(v) for k, v in value.items()}
-    return [_json(v) for v in value] if isinstance(value, list | tuple) else str(value)
+        return {str(k): plain_json(v) for k, v in value.items()}
+    return [plain_json(v) for v in value] if isinstance(value, list | tuple) else str(value)
 
 
 def _without_nulls(value: Any) -> Any:

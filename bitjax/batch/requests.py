@@ -21,7 +21,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bitjax.batch.lines import Line
+from bitjax.batch.lines import Line, plain_json
 from bitjax.config import BatchConfig
 from bitjax.engine import Choice, Completion, Request
 from bitjax.infer import SamplingParams
@@ -136,7 +136,8 @@ class Reader:
             if line.error:
                 raise BadRequest(line.error, code="invalid_line")
             value = line.value if isinstance(line.value, dict) else {"prompt": line.value}
-            kept = {name: value[name] for name in self._config.keep if name in value}
+            # JSON's 1e999 is read as infinity, which no JSON can be written of.
+            kept = {name: plain_json(value[name]) for name in self._config.keep if name in value}
             item = dataclasses.replace(item, kept=kept, openai=_is_openai(value))
             rest = {name: v for name, v in value.items() if name not in kept}
             item = dataclasses.replace(item, id=self._id(rest, item.openai))

@@ -290,8 +290,8 @@ def beside(path: Path, ending: str) -> Path:
     return path.with_name(f"{path.name}.{ending}")
 
 
-def line_of(record: Mapping[str, Any]) -> bytes:
-    """A record as a line of JSON, in UTF-8 where it can be said so."""
+def line_of(record: object) -> bytes:
+    """A record, or what is in one, as a line of JSON, in UTF-8 where it can be said so."""
     try:
         return (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
     except UnicodeEncodeError:  # a lone surrogate of a field that is only passed on

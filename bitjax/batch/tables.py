@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bitjax.batch.requests import index_of
-from bitjax.batch.results import beside
+from bitjax.batch.results import beside, line_of
 from bitjax.corpus.streams import require_package
 
 COLUMNS = ("index", "id", "choice", "text", "finish_reason", "prompt_tokens", "completion_tokens",
@@ -63,7 +63,7 @@ def _survey(
             at += len(raw)
             for name in keep:
                 if record.get(name) is not None:
-                    kinds[name].add(type(record[name]))
+                    kinds[name].add(_kind(record[name]))
     return starts, kinds
 
 
@@ -99,10 +99,20 @@ def _of(record: dict[str, Any]) -> list[Row]:
     return found
 
 
+def _kind(value: Any) -> type:
+    """The type of a kept value; `object` for one that no column of a plain type can hold."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return object
+    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+        return object
+    return type(value)
+
+
 def _cell(value: Any, kinds: set[type]) -> Any:
     """Of a column that holds values of several kinds, or no plain ones, each cell is JSON."""
-    plain = kinds in ({str}, {bool}, {int}, {float}, {int, float})
-    return value if plain or value is None else json.dumps(value, ensure_ascii=False)
+    if value is None or kinds in ({str}, {bool}, {int}, {float}, {int, float}):
+        return value
+    return line_of(value).decode().removesuffix("\n")
 
 
 def _write_parquet(

@@ -107,14 +107,17 @@ class Worker:
         assert self._loop is not None
         return await self._loop.run_in_executor(self._pool, function, *arguments)
 
+    def _require_engine(self) -> None:
+        if self.broken:
+            raise BadRequest(f"the engine has failed: {self.broken}", status=503)
+
     def reserve(self, size: int) -> Ticket:
         """A place for so many sequences.
 
         Raises:
             BadRequest: there are too many already, or could never be so many.
         """
-        if self.broken:
-            raise BadRequest(f"the engine has failed: {self.broken}", status=503)
+        self._require_engine()
         if size > self.capacity:
             raise BadRequest(f"the request has {size:,} sequences; this server takes "
                              f"{self.capacity:,} at once", "n")  # fmt: skip
@@ -130,8 +133,9 @@ class Worker:
         """Give the prompts of a ticket to the engine.
 
         Raises:
-            BadRequest: one that the engine refuses.
+            BadRequest: one that the engine refuses, or an engine that has failed since `reserve`.
         """
+        self._require_engine()
         requests = [Request(f"r{next(_names)}", tokens, sampling) for tokens in prompts]
         ticket.names = [request.id for request in requests]
         for index, name in enumerate(ticket.names):

@@ -219,6 +219,26 @@ def test_a_table_of_samples_and_openais_lines(model, source, tmp_path):
         assert kept[3, choice["index"]] == choice["text"]
 
 
+def test_kept_values_that_columns_cannot_hold(model, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "in.jsonl"
+    path.write_text(
+        '{"prompt": "a", "big": 1000000000000000000000, "odd": "\\ud800", "inf": 1e999}\n'
+        '{"prompt": "a", "big": 1, "odd": "é", "inf": [-1e999, 2.5]}\n'
+    )
+    for ending in ("jsonl", "csv", "parquet"):
+        config = BatchConfig(keep=("big", "odd", "inf"))
+        out = tmp_path / f"out.{ending}"
+        assert run_batch(batch_of(path, out, config=config), model).errors == 0
+    found = records(tmp_path / "out.jsonl")
+    kept = [[record[name] for name in config.keep] for record in found]
+    assert kept == [[10**21, "\ud800", None], [1, "é", [None, 2.5]]]
+    rows = parquet.read_table(out).to_pylist()
+    assert [[row[name] for name in config.keep] for row in rows] == [
+        [str(10**21), '"\\ud800"', None], ["1", '"é"', "[null, 2.5]"],
+    ]  # fmt: skip
+
+
 def test_a_changed_input_is_refused(model, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "WATCH_SECONDS", 0.0)
     path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"

@@ -1,5 +1,6 @@
 """The server on a tiny model: OpenAI's client, limits, and clients that behave badly."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import openai
 import pytest
@@ -22,6 +24,8 @@ from bitjax.config import EngineConfig, ServeConfig
 from bitjax.engine import Engine, Request, Sampling
 from bitjax.infer import pack_model
 from bitjax.model.files import save_model
+from bitjax.protocol import BadRequest
+from bitjax.serve import make_worker
 
 TALK = [{"role": "user", "content": "hello"}]
 CONTEXT = 256
@@ -380,6 +384,7 @@ def test_a_client_that_does_not_read(address, server):
     with opened(address, post("/v1/completions", body), receive_buffer=4096) as connection:
         wait_for(lambda: worker.reserved)
         idle(worker)
+        wait_for(lambda: not has_other_end(connection))  # it waits for no reader
         read = b""
         with contextlib.suppress(ConnectionResetError):
             while piece := connection.recv(1 << 20):
@@ -389,6 +394,17 @@ def test_a_client_that_does_not_read(address, server):
     made = worker.engine.stats.completion_tokens - made
     assert cancelled(address, "client slow") - before == (made < 16 * 200)
     assert ask(address, "POST", "/v1/completions", {"prompt": "a", "max_tokens": 1})[0] == 200
+
+
+def has_other_end(connection):
+    """Whether a process still has the server's end, which Linux tells by its inode."""
+    ports = [name[1] for name in (connection.getpeername(), connection.getsockname())]
+    table = Path("/proc/net/tcp")
+    for line in table.read_text().splitlines()[1:] if table.exists() else ():
+        fields = line.split()
+        if [int(field.rpartition(":")[2], 16) for field in fields[1:3]] == ports:
+            return fields[9] != "0"
+    return False
 
 
 def cancelled(address, reason):
@@ -474,6 +490,24 @@ def test_an_engine_that_fails(model, monkeypatch, caplog):
     assert "the engine failed" in caplog.text
 
 
+def test_an_engine_that_fails_while_a_prompt_is_encoded(model):
+    """Nothing would ever answer what it was given afterwards."""
+
+    async def run():
+        worker = make_worker(model, EngineConfig(max_sequences=2), CONFIG)
+        worker.start()
+        ticket = worker.reserve(1)
+        worker._fail("RuntimeError: out of memory")
+        wanted = "the engine has failed: RuntimeError: out of memory"
+        with pytest.raises(BadRequest, match=wanted) as found:
+            await worker.submit(ticket, [(1,)], Sampling())
+        worker.release(ticket, "ended early")
+        worker.stop()
+        return found.value.status, worker.reserved, worker.live
+
+    assert asyncio.run(run()) == (503, 0, 0)
+
+
 def test_sigterm_finishes_what_was_begun(model, tmp_path):
     path = tmp_path / "model.safetensors"
     save_model(path, model)
@@ -520,6 +554,7 @@ def test_command_line_errors(capsys, tmp_path):
             (("--api-key", ""), "--api-key is empty"),
             (("--host", "nowhere.invalid"), "cannot listen on nowhere.invalid port 8000: "),
             (("--sequences", 0), "max_sequences=0 is below 1"),
+            (("--memory", "inf"), "--memory inf is no size"),
         ):
             arguments = ["serve", tmp_path / "m.safetensors", *more]
             assert cli.main([str(a) for a in arguments]) == 1
