@@ -358,6 +358,8 @@ def _check(plan: Plan) -> None:
         arm = arm_named(run.arm)
         if arm.rate_of and (run.size, arm.rate_of) not in swept:
             raise ValueError(f"the run {run.run} has no sweep of {run.size}, {arm.rate_of}")
+        if (arm.rounded or arm.continued) and not run.after:
+            raise ValueError(f"the run {run.run} names no float run that it comes after")
         if run.after and run.after not in names[:i]:
             raise ValueError(f"the run {run.run} comes after {run.after!r}, which is not before it")
     for wanted in ("name", "data", "validation", "train_tokens", "tokens"):

@@ -216,6 +216,7 @@ def test_damaged_plans(tmp_path):
     refused("no arm 'x'", lambda p: p["runs"][0].update(arm="x"))
     refused("unknown setting recipe|unknown setting", lambda p: p["recipe"].update(x=1))
     refused("unexpected keyword", lambda p: p["runs"][0].update(x=1))
+    refused("names no float run that it comes after", lambda p: p["runs"][1].update(after=""))
     refused("its corpus has no data", lambda p: p["corpus"].pop("data"))
     refused("rates=", lambda p: p["study"].update(rates=[2.0, 1.0]))
     path.write_text(to_json(plan)[:-30])
