@@ -88,6 +88,12 @@ def _member(law: dict[str, Any]) -> Member:
     if not (np.isfinite(theta).all() and np.isfinite(draws).all()):
         raise ValueError(f"the {made.form} law has parameters that are no finite numbers")
     numbers = {name: math.nan if law[name] is None else float(law[name]) for name in NUMBERS}
+    if not 0 <= numbers["weight"] <= 1:
+        raise ValueError(f"the {made.form} law has weight {numbers['weight']:g}, not a share")
+    if not 0 < numbers["noise"] < math.inf:
+        raise ValueError(
+            f"the {made.form} law has noise {numbers['noise']:g}, not a number above 0"
+        )
     return Member(made, theta, draws, **numbers)
 
 
