@@ -28,6 +28,7 @@ from bitjax.config import (
     WeightQuantizer,
 )
 from bitjax.config.scaling import StudyConfig
+from bitjax.train.flops import multiplying_weights
 
 FFN_MULTIPLE = 64  # of the FFN's width: whole blocks of every packed layout
 REPORTS = 50  # of a run's curve
@@ -110,9 +111,7 @@ def shape(base: ModelConfig, size: str) -> ModelConfig:
 
 def non_embedding(model: ModelConfig) -> int:
     """N: weights of all linear layers but the head; norms, under 1 %, are not counted."""
-    D, F, h = model.hidden_size, model.intermediate_size, model.head_dim
-    attention = D * h * (2 * model.num_heads + 2 * model.num_kv_heads)
-    return model.num_layers * (attention + 3 * D * F)
+    return multiplying_weights(model) - model.vocab_size * model.hidden_size
 
 
 def embedding(model: ModelConfig) -> int:

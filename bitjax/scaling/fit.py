@@ -61,30 +61,24 @@ class Problem:
         share = logsumexp(self.law.exponents(theta, self.X, self.arm))[1]
         return self.law.jacobian(theta, self.X, self.arm, share)
 
-    def objective(
-        self, theta: np.ndarray, weights: np.ndarray, y: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def objective(self, theta: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """S / delta^2 [R], of size 1 to 1000 with losses' usual noise, and its gradient [R, P].
 
         Args:
             weights: [R, n] of the runs (or [1, n]).
-            y: [R, n] log losses in place of the runs'.
         """
         value, share = logsumexp(self.law.exponents(theta, self.X, self.arm))
-        r = (value - (self.y if y is None else y)) / self.delta
+        r = (value - self.y) / self.delta
         clipped = np.clip(r, -1, 1)
         S = (weights * clipped * (r - clipped / 2)).sum(1)  # r^2/2 inside, |r| - 1/2 outside
         share *= (weights * clipped / self.delta)[:, None]
         return S, self.law.gradient(theta, self.X, self.arm, share)
 
-    def inverse_curvature(
-        self, theta: np.ndarray, weights: np.ndarray, y: np.ndarray | None = None
-    ) -> np.ndarray:
+    def inverse_curvature(self, theta: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """[R, P, P]: inverse of J' W J with the weights of iteratively reweighted least squares."""
-        target = self.y if y is None else y
-        share_value, share = logsumexp(self.law.exponents(theta, self.X, self.arm))
+        value, share = logsumexp(self.law.exponents(theta, self.X, self.arm))
         J = self.law.jacobian(theta, self.X, self.arm, share)
-        r = np.abs(share_value - target)
+        r = np.abs(value - self.y)
         w = weights / self.delta**2 * np.minimum(1, self.delta / np.maximum(r, 1e-300))
         H = np.einsum("rnp,rn,rnq->rpq", J, w, J)
         scale = np.sqrt(np.einsum("rpp->rp", H))
@@ -94,16 +88,14 @@ class Problem:
         correlation[:, diagonal, diagonal] = 1 + RIDGE
         return np.linalg.inv(correlation) / (scale[:, :, None] * scale[:, None, :])
 
-    def minimize(
-        self, starts: np.ndarray, weights: np.ndarray, y: np.ndarray | None = None
-    ) -> Minima:
-        """From each start [R, P], with its own weights [R, n] and log losses [R, n]."""
+    def minimize(self, starts: np.ndarray, weights: np.ndarray) -> Minima:
+        """From each start [R, P], with its own weights [R, n]."""
         W = np.broadcast_to(weights, (len(starts), weights.shape[-1]))
 
         def part(theta: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            return self.objective(theta, W[rows], None if y is None else y[rows])
+            return self.objective(theta, W[rows])
 
-        return minimize(part, starts, self.inverse_curvature(starts, W, y))
+        return minimize(part, starts, self.inverse_curvature(starts, W))
 
     def starts(self, runs: Runs) -> np.ndarray:
         """[R, P] by variable projection over the grid of exponents."""

@@ -18,6 +18,7 @@ import numpy as np
 from bitjax.scaling.ensemble import Ensemble, Member
 from bitjax.scaling.laws import Law
 from bitjax.scaling.runs import Runs
+from bitjax.scaling.table import replace_file
 
 FORMAT, VERSION = "bitjax scale fit", 1
 DIGITS = 8  # of draws: far below what 4000 of them decide
@@ -49,10 +50,7 @@ def write_fit(path: Path, fit: FitFile) -> None:
         "format": FORMAT, "version": VERSION, "delta": fit.delta, "resampling": fit.resampling,
         "runs": runs, "laws": laws,
     }  # fmt: skip
-    text = json.dumps(_null(document), allow_nan=False)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text)
-    temporary.replace(path)
+    replace_file(path, json.dumps(_null(document), allow_nan=False))
 
 
 def read_fit(path: Path) -> FitFile:
@@ -62,7 +60,7 @@ def read_fit(path: Path) -> FitFile:
         ValueError: it is none, or damaged; the message says where.
     """
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(encoding="utf-8"))
         if document["format"] != FORMAT or document["version"] != VERSION:
             raise ValueError(f"{document['format']!r} of version {document['version']!r}")
         columns = {f.name: document["runs"][f.name] for f in fields(Runs)}
@@ -90,6 +88,12 @@ def _member(law: dict[str, Any]) -> Member:
     if not (np.isfinite(theta).all() and np.isfinite(draws).all()):
         raise ValueError(f"the {made.form} law has parameters that are no finite numbers")
     numbers = {name: math.nan if law[name] is None else float(law[name]) for name in NUMBERS}
+    if not 0 <= numbers["weight"] <= 1:
+        raise ValueError(f"the {made.form} law has weight {numbers['weight']:g}, not a share")
+    if not 0 < numbers["noise"] < math.inf:
+        raise ValueError(
+            f"the {made.form} law has noise {numbers['noise']:g}, not a number above 0"
+        )
     return Member(made, theta, draws, **numbers)
 
 

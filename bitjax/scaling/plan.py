@@ -295,21 +295,6 @@ def hours(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
-def collinearity(cells: Iterable[tuple[float, float]]) -> float | None:
-    """Correlation of log N and log D over (N, D); None where either does not vary.
-
-    Where it is near 1 or -1 a fit cannot tell parameters from tokens.
-    """
-    pairs = [(math.log(n), math.log(d)) for n, d in cells]
-    n = len(pairs)
-    if n < 2:
-        return None
-    mean = [sum(column) / n for column in zip(*pairs, strict=True)]
-    xx, yy = (sum((p[i] - mean[i]) ** 2 for p in pairs) for i in (0, 1))
-    xy = sum((p[0] - mean[0]) * (p[1] - mean[1]) for p in pairs)
-    return None if min(xx, yy) < 1e-12 else xy / math.sqrt(xx * yy)
-
-
 def to_json(plan: Plan) -> str:
     """The file of a plan, an entry a line."""
     held = dataclasses.asdict(plan)
@@ -370,9 +355,11 @@ def _check(plan: Plan) -> None:
     for i, run in enumerate(plan.runs):
         if "/" in run.run or run.run.startswith("."):
             raise ValueError(f"the run {run.run!r} has a name that is no file name")
-        rate_of = arm_named(run.arm).rate_of
-        if rate_of and (run.size, rate_of) not in swept:
-            raise ValueError(f"the run {run.run} has no sweep of {run.size}, {rate_of}")
+        arm = arm_named(run.arm)
+        if arm.rate_of and (run.size, arm.rate_of) not in swept:
+            raise ValueError(f"the run {run.run} has no sweep of {run.size}, {arm.rate_of}")
+        if (arm.rounded or arm.continued) and not run.after:
+            raise ValueError(f"the run {run.run} names no float run that it comes after")
         if run.after and run.after not in names[:i]:
             raise ValueError(f"the run {run.run} comes after {run.after!r}, which is not before it")
     for wanted in ("name", "data", "validation", "train_tokens", "tokens"):

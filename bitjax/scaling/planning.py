@@ -22,11 +22,10 @@ from bitjax.scaling.plan import (
     Plan,
     Planner,
     cells_of,
-    collinearity,
     factorial,
     hours,
 )
-from bitjax.scaling.runs import MAX_CORRELATION, MIN_SIZES
+from bitjax.scaling.runs import MAX_CORRELATION, MIN_SIZES, collinearity
 from bitjax.scaling.score import held_out
 from bitjax.scaling.worker import start
 from bitjax.train.flops import flops_per_token
@@ -227,7 +226,7 @@ def remarks(plan: Plan) -> list[str]:
     sizes = {n for n, _ in cells}
     if len(sizes) < MIN_SIZES:
         found.append(f"{len(sizes)} sizes: a law of N and D needs {MIN_SIZES} or more")
-    correlation = collinearity(cells)
+    correlation = collinearity(*zip(*cells, strict=True))
     if correlation is not None and abs(correlation) > MAX_CORRELATION:
         found.append(
             f"log N and log D are correlated by {correlation:.2f}: a fit cannot tell parameters "

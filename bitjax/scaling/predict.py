@@ -47,7 +47,7 @@ class Prediction:
 
 def predict(
     ensemble: Ensemble, arm: str, N: Sequence[float], D: Sequence[float],
-    tolerance: float = TOLERANCE, vocabulary: int = VOCABULARY, confidence: float = CONFIDENCE,
+    tolerance: float = TOLERANCE, vocabulary: int = VOCABULARY,
 ) -> list[Prediction]:  # fmt: skip
     """Predictions at sizes N [n] after tokens D [n].
 
@@ -71,9 +71,9 @@ def predict(
         )  # fmt: skip
         for own_bits in TERNARY_BITS if "ternary" in arm else (STORED_BITS.get(arm, 16.0),):
             memory[rival, own_bits] = estimates(
-                _memory(np.asarray(N), needed, own_bits, bits, vocabulary), confidence
+                _memory(np.asarray(N), needed, own_bits, bits, vocabulary)
             )
-    parts = [estimates(x, confidence) for x in (base, own, gap, np.log(own / base), factor)]
+    parts = [estimates(x) for x in (base, own, gap, np.log(own / base), factor)]
     closed = (gap[1:] <= tolerance).mean(0)
     return [
         Prediction(

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from bitjax.config import ModelConfig
 from bitjax.presets import MODELS
+from bitjax.scaling.arms import non_embedding
 from bitjax.scaling.ensemble import Ensemble, Estimate
 from bitjax.scaling.predict import predict
 
@@ -67,7 +67,7 @@ def points() -> list[Point]:
             found.append(
                 Point(
                     table["source"], table["at"], row["name"],
-                    linear_weights(MODELS[row["preset"]]), table["tokens"],
+                    non_embedding(MODELS[row["preset"]]), table["tokens"],
                     math.log(ternary / full),
                 )
             )  # fmt: skip
@@ -88,13 +88,6 @@ def points() -> list[Point]:
 def curve(of: Mapping[str, float], N: float) -> float:
     """E + A / N^alpha."""
     return of["E"] + of["A"] / N ** of["alpha"]
-
-
-def linear_weights(config: ModelConfig) -> float:
-    """Non-embedding parameters: weights of all linear layers but the head."""
-    D, h = config.hidden_size, config.head_dim
-    attention = D * h * (2 * config.num_heads + 2 * config.num_kv_heads)
-    return float(config.num_layers * (attention + 3 * D * config.intermediate_size))
 
 
 @dataclass(frozen=True)

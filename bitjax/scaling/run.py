@@ -187,13 +187,13 @@ class _Study:
                 self._recorder.base, self._plan.study, sweep.arm, sweep.size, sweep.steps, 0, rate
             )
             tasks.append({
-                "kind": "train", "directory": str(folder / f"{rate:g}"),
+                "kind": "train", "directory": str(folder / str(rate)),
                 "config": dataclasses.asdict(config),
-                "result": str(folder / f"{rate:g}" / "result.json"),
+                "result": str(folder / str(rate) / "result.json"),
             })  # fmt: skip
         process = start(folder, cores, tasks, self._commit)
         weight = sweep.seconds * len(rates) / len(self._plan.study.rates)
-        trained = [folder / f"{rate:g}" for rate in rates]
+        trained = [folder / str(rate) for rate in rates]  # every digit: it is read back
         return Job(f"sweep {name}", weight, process, folder, slot, trained, sweep=sweep)
 
     def _has_weights(self, run: PlannedRun) -> bool:

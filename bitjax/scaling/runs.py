@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -212,7 +212,7 @@ def design_warnings(
     sizes = _distinct(runs.N)
     if sizes < MIN_SIZES:
         said.append(f"{sizes} sizes: the exponent of N is hardly known; plan {MIN_SIZES} or more")
-    correlation = abs(float(np.corrcoef(np.log(runs.N), np.log(runs.D))[0, 1]))
+    correlation = abs(collinearity(runs.N, runs.D) or 0.0)
     if correlation > MAX_CORRELATION:
         said.append(
             f"log N and log D are collinear (correlation {correlation:.3f}): alpha and beta cannot "
@@ -235,6 +235,17 @@ def design_warnings(
             "learning rate has decayed overstate what training gives"
         )
     return said
+
+
+def collinearity(N: Sequence[float] | np.ndarray, D: Sequence[float] | np.ndarray) -> float | None:
+    """Correlation of log N and log D; None where either does not vary.
+
+    Where it is near 1 or -1 a fit cannot tell parameters from tokens.
+    """
+    n, d = np.log(N), np.log(D)
+    if min(np.ptp(n), np.ptp(d)) < 1e-9:
+        return None
+    return float(np.corrcoef(n, d)[0, 1])
 
 
 def _distinct(values: np.ndarray) -> int:

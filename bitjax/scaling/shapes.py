@@ -16,6 +16,7 @@ import numpy as np
 
 from bitjax.bench.energy import ADD16, MUL16, product_joules, ternary_joules
 from bitjax.presets import MODELS
+from bitjax.scaling.arms import ARMS, non_embedding
 
 SHAPES = ("b1.58-700m", "b1.58-1.3b", "b1.58-3b", "7b", "13b", "30b", "70b")
 VOCABULARY = 32_000  # of these shapes
@@ -27,7 +28,7 @@ STORED_BITS = {
     "continual": 1.6, "ptq_ternary": 1.6, "ptq_int8": 8.0,
     "ptq_int4": 4.5,  # groups of 32 with a scale of 16 bits
 }  # fmt: skip
-INT8_ACTIVATIONS = ("ternary", "binary", "continual", "ptq_ternary")  # additions of codes
+INT8_ACTIVATIONS = tuple(name for name, arm in ARMS.items() if arm.activations == "int8")
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,7 @@ class Shape:
 def _published() -> tuple[np.ndarray, np.ndarray]:
     """log N and log hidden size of `SHAPES`, ascending."""
     configs = [MODELS[name] for name in SHAPES]
-    N = [
-        c.num_layers * c.hidden_size * (4 * c.hidden_size + 3 * c.intermediate_size)
-        for c in configs
-    ]
-    return np.log(N), np.log([c.hidden_size for c in configs])
+    return np.log([non_embedding(c) for c in configs]), np.log([c.hidden_size for c in configs])
 
 
 def model_bytes(
@@ -75,7 +72,7 @@ def model_bytes(
 
 def token_joules(N: float, arm: str, vocabulary: int = VOCABULARY, context: int = CONTEXT) -> float:
     """Of a token's arithmetic by the model of bitjax.bench.energy; a head and attention of 16-bit
-    numbers in every arm."""
+    numbers in every arm; products with int8 activations are additions."""
     if not math.isfinite(N):
         return math.inf
     shape = Shape.of(N)

@@ -98,7 +98,11 @@ def read_sweeps(path: Path) -> list[Trial]:
     """
     if not path.exists():
         return []
-    lines = csv.reader(io.StringIO(path.read_text(encoding="utf-8")), strict=True)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as damage:
+        raise ValueError(f"{path} is not UTF-8 text: {damage.reason}") from None
+    lines = csv.reader(io.StringIO(text), strict=True)
     found = []
     try:
         if next(lines, None) != list(COLUMNS):

@@ -16,13 +16,14 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from scipy import stats
+
 from bitjax.cli import main as bitjax
 from bitjax.scaling.sweep import best_rate, read_sweeps
 from bitjax.scaling.table import Row, read_table
 
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided, by number of values
 FIT_ARMS = ("float", "ternary")
 
 
@@ -62,7 +63,8 @@ def gap(both: list[tuple[Row, Row]]) -> str:
     mean = statistics.fmean(differences)
     text = f"{mean:+.4f} ± {max(errors):.4f}"
     if len(both) > 1:
-        half = T_95[len(both)] * statistics.stdev(differences) / math.sqrt(len(both))
+        reach = float(stats.t.ppf(0.975, len(both) - 1))
+        half = reach * statistics.stdev(differences) / math.sqrt(len(both))
         text += f" (95 %: {mean - half:+.4f} to {mean + half:+.4f})"
     return text
 

@@ -24,7 +24,7 @@ def get_config() -> RunConfig:
 
 
 def get_study() -> StudyConfig:
-    """Pairs everywhere; three seeds on seven cells; other arms where their float runs are."""
+    """Pairs everywhere; three seeds on eight cells; other arms where their float runs are."""
     groups = (
         Group(SMALL, (10, 20, 40, 80)),
         Group(("64x2",), (10, 20, 40, 80), seeds=3),

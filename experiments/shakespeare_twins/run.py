@@ -23,6 +23,7 @@ from bitjax import terminal
 from bitjax.allocator import reuse_freed_memory
 from bitjax.config import WeightQuantizer
 from bitjax.evaluate import model_scorer, score_text
+from bitjax.plots import plot_losses
 from bitjax.presets import shakespeare
 from bitjax.train import Trainer, data, read_metrics, train
 
@@ -89,7 +90,7 @@ def publish(results: list[dict[str, Any]], runs: Path) -> None:
     first = results[0]["seed"]
     curves = {label: read_metrics(runs / f"{w}-{first}") for label, w in ARMS.items()}
     if all(curves.values()):
-        terminal.plot_losses(HERE / "loss.png", curves)
+        plot_losses(HERE / "loss.png", curves)
 
 
 def main() -> None:

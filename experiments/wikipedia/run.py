@@ -27,7 +27,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bitjax import terminal
 from bitjax.allocator import reuse_freed_memory
 from bitjax.api import load
 from bitjax.evaluate.multiple_choice import Mean, groups, metrics, score_task
@@ -35,6 +34,7 @@ from bitjax.evaluate.multiple_choice import Settings as TaskSettings
 from bitjax.evaluate.requests import RequestScorer
 from bitjax.evaluate.tasks import read_task
 from bitjax.evaluation_text import TextSettings, score_path
+from bitjax.plots import plot_losses
 from bitjax.train import read_metrics
 
 HERE = Path(__file__).parent
@@ -165,8 +165,8 @@ def publish(results: dict[str, Any], out: Path) -> None:
         end = f"<!-- end of {mark} -->"
         text = f"{before}<!-- {mark} -->\n{made}\n{end}{rest.partition(end)[2]}"
     readme.write_text(text)
-    curves = {arm: read_metrics(out / "runs" / arm) for arm in ARMS if arm in results}
-    terminal.plot_losses(HERE / "loss.png", curves)
+    trained = [arm for arm in ARMS if "scores" in results.get(arm, {})]
+    plot_losses(HERE / "loss.png", {arm: read_metrics(out / "runs" / arm) for arm in trained})
 
 
 def main() -> None:

@@ -42,6 +42,9 @@ DAMAGES = [
     (lambda d: d["laws"][0].update(draws=[]), "law wants 6 parameters"),
     (lambda d: d["laws"][0]["draws"][0].__setitem__(0, None), "are no finite numbers"),
     (lambda d: d["laws"][0].update(weight="x"), "could not convert"),
+    (lambda d: d["laws"][0].update(weight=None), "the eta law has weight nan, not a share"),
+    (lambda d: d["laws"][0].update(weight=-0.5), "the eta law has weight -0.5, not a share"),
+    (lambda d: d["laws"][0].update(noise=None), "the eta law has noise nan"),
     (lambda d: d["runs"]["N"].__setitem__(0, "x"), "could not convert"),
 ]
 

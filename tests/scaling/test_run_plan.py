@@ -85,6 +85,14 @@ def test_sweeps_come_first_and_grow(pretended, data, tmp_path):
     ]  # fmt: skip
 
 
+def test_rates_of_many_digits(pretended, data, tmp_path):
+    rates = (1e-3 / 3, 2e-3 / 3, 4e-3 / 3)
+    pretended.best = rates[1]
+    go(plan_of(data, Group(("16x1",), (0.2,), ("float",)), rates=rates), data, tmp_path)
+    assert [t.learning_rate for t in read_sweeps(tmp_path / "sweeps.csv")] == list(rates)
+    assert [row.learning_rate for row in read_table(tmp_path / "table.csv")] == [rates[1]]
+
+
 def test_tables_alone_say_what_is_done(pretended, data, tmp_path):
     """Without the working folders: a rounded run trains its float run again, and adds no row."""
     out = tmp_path / "out"

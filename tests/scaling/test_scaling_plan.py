@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import statistics
 
 import jax
 import numpy as np
@@ -13,7 +14,6 @@ from bitjax.scaling.plan import (
     Budget,
     Planner,
     cells_of,
-    collinearity,
     factorial,
     hours,
     isoflop,
@@ -21,6 +21,7 @@ from bitjax.scaling.plan import (
     to_json,
 )
 from bitjax.scaling.planning import remarks
+from bitjax.scaling.runs import collinearity
 from bitjax.train import Trainer
 from bitjax.train.flops import flops_per_token
 
@@ -116,15 +117,18 @@ def test_cheap_cells_come_first():
 
 def test_factorial_designs_are_not_collinear():
     group = Group(SIZES, (1, 2, 4, 8))
-    ratios = [(n_of(size), steps) for size, steps, _ in cells_of(BASE, [group])]
-    crossed = [(n_of(size), steps) for size, steps, _ in factorial(BASE, group)]
-    for cells in (ratios, crossed):
-        wanted = np.corrcoef(np.log(np.array(cells)).T)[0, 1]
-        assert collinearity(cells) == pytest.approx(wanted, abs=1e-12)
-    assert collinearity(ratios) > 0.5
-    assert abs(collinearity(crossed)) < 1e-9
-    assert collinearity([(1, 2), (1, 4)]) is None
-    assert max(steps for _, steps in crossed) == round(8 * n_of("32x2") / 16)
+    ratios, crossed = (
+        [*zip(*((n_of(size), steps) for size, steps, _ in cells), strict=True)]
+        for cells in (cells_of(BASE, [group]), factorial(BASE, group))
+    )
+    for N, D in (ratios, crossed):
+        wanted = statistics.correlation([*map(math.log, N)], [*map(math.log, D)])
+        assert collinearity(N, D) == pytest.approx(wanted, abs=1e-12)
+    assert collinearity(*ratios) > 0.5
+    assert abs(collinearity(*crossed)) < 1e-9
+    assert collinearity([1, 1], [2, 4]) is None
+    assert collinearity([3], [5]) is None
+    assert max(crossed[1]) == round(8 * n_of("32x2") / 16)
 
 
 def test_isoflop_levels_cost_the_same_at_every_size():
@@ -212,6 +216,7 @@ def test_damaged_plans(tmp_path):
     refused("no arm 'x'", lambda p: p["runs"][0].update(arm="x"))
     refused("unknown setting recipe|unknown setting", lambda p: p["recipe"].update(x=1))
     refused("unexpected keyword", lambda p: p["runs"][0].update(x=1))
+    refused("names no float run that it comes after", lambda p: p["runs"][1].update(after=""))
     refused("its corpus has no data", lambda p: p["corpus"].pop("data"))
     refused("rates=", lambda p: p["study"].update(rates=[2.0, 1.0]))
     path.write_text(to_json(plan)[:-30])

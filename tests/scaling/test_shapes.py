@@ -6,16 +6,21 @@ import pytest
 from bitjax.bench.energy import modelled_joules
 from bitjax.model import abstract_model
 from bitjax.presets import MODELS
-from bitjax.scaling.published import linear_weights
-from bitjax.scaling.shapes import SHAPES, Shape, model_bytes, token_joules
-from bitjax.train.flops import multiplying_weights
+from bitjax.scaling.arms import ARMS, non_embedding
+from bitjax.scaling.shapes import (
+    INT8_ACTIVATIONS,
+    SHAPES,
+    STORED_BITS,
+    Shape,
+    model_bytes,
+    token_joules,
+)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_published_shapes_come_back(name):
     config = MODELS[name]
-    N = linear_weights(config)
-    assert multiplying_weights(config) - config.vocab_size * config.hidden_size == N
+    N = non_embedding(config)
     shape = Shape.of(N)
     assert shape.hidden == pytest.approx(config.hidden_size, rel=1e-9)
     # Their FFNs are 8/3 to 3 times as wide as the model.
@@ -27,6 +32,11 @@ def test_parameters_add_up_at_any_size():
         s = Shape.of(N)
         assert s.layers * (4 * s.hidden**2 + 3 * s.hidden * s.ffn) == pytest.approx(N)
     assert Shape.of(1e5).hidden < Shape.of(1e6).hidden < 1024
+
+
+def test_every_arm_has_its_bits():
+    assert set(STORED_BITS) == set(ARMS)
+    assert INT8_ACTIVATIONS == ("ternary", "binary", "continual", "ptq_ternary")
 
 
 def test_bytes():
@@ -42,7 +52,7 @@ def test_joules_are_those_of_a_model_of_the_shape(quantized):
         base, num_layers=2, intermediate_size=round(base.hidden_size * 8 / 3), vocab_size=32_000
     )
     parts = modelled_joules(abstract_model(config), 2048, quantized)
-    layers = Shape.of(linear_weights(base)).layers
+    layers = Shape.of(non_embedding(base)).layers
     expected = parts["layers"] / 2 * layers + parts["attention"] / 2 * layers + parts["head"]
-    found = token_joules(linear_weights(base), "ternary" if quantized else "float")
+    found = token_joules(non_embedding(base), "ternary" if quantized else "float")
     assert found == pytest.approx(expected, rel=2e-3)

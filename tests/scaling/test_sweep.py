@@ -88,3 +88,9 @@ def test_damaged_sweeps(tmp_path, old, new, message):
     path.write_text(path.read_text().replace(old, new, 1))
     with pytest.raises(ValueError, match=message):
         read_sweeps(path)
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    (tmp_path / "sweeps.csv").write_bytes(b"size\xff\n")
+    with pytest.raises(ValueError, match=r"sweeps.csv is not UTF-8 text"):
+        read_sweeps(tmp_path / "sweeps.csv")
