@@ -82,8 +82,14 @@ def add_corpus_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def _config(arguments: argparse.Namespace, **more: Any) -> CorpusConfig:
-    separator = arguments.separator.replace("\\n", "\n").replace("\\t", "\t")
-    return CorpusConfig(text_field=arguments.field, separator=separator, **more)
+    return CorpusConfig(
+        text_field=arguments.field, separator=unescaped(arguments.separator), **more
+    )
+
+
+def unescaped(separator: str) -> str:
+    r"""A separator as the command line has it, with \n and \t for a new line and a tab."""
+    return separator.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _build(arguments: argparse.Namespace) -> None:

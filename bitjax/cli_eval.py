@@ -64,17 +64,14 @@ def run_eval(arguments: argparse.Namespace) -> None:
         return
     if arguments.other is not None:
         raise ValueError("two models are compared on --tasks; none is given")
+    from bitjax.cli_corpus import unescaped
     from bitjax.evaluation_text import TextSettings, evaluate_text
 
     settings = TextSettings(
         arguments.text, arguments.window, arguments.stride, arguments.documents,
-        _escaped(arguments.separator), arguments.field,
+        unescaped(arguments.separator), arguments.field,
     )  # fmt: skip
     evaluate_text(arguments.model, settings)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _tasks(arguments: argparse.Namespace) -> None:

@@ -138,6 +138,35 @@ def shakespeare(weights: WeightQuantizer, text: str = "", seed: int = 0) -> RunC
     return RunConfig(model, DataConfig(text=text), optimizer, schedule)
 
 
+def wikipedia(weights: WeightQuantizer) -> RunConfig:
+    """A 3.6M-parameter model, 1.0M of them the embedding of 4,096 tokens; 12M tokens of a corpus.
+
+    Args:
+        weights: "ternary" with int8 activations, or "float": the full-precision twin with its own
+            schedule (one stage, constant weight decay). The rates are those that the sweep of
+            experiments/wikipedia chose.
+    """
+    model = ModelConfig(
+        vocab_size=4096, hidden_size=256, intermediate_size=768, num_layers=3, num_heads=4,
+        num_kv_heads=4, head_dim=64, max_seq_len=256, activation="relu2", init_std=0.05,
+        weights=weights,
+    )  # fmt: skip
+    if weights == "float":
+        model = model.full_precision_twin()
+        optimizer = OptimizerConfig(
+            learning_rate=2e-3, stage_two_learning_rate=None, stage_two_weight_decay=None,
+            warmup_steps=100,
+        )  # fmt: skip
+    else:
+        optimizer = OptimizerConfig(
+            learning_rate=3e-3, stage_two_learning_rate=2e-3, warmup_steps=100
+        )
+    train = TrainConfig(
+        steps=3000, batch_size=16, seq_len=256, eval_every=300, checkpoint_every=300
+    )
+    return RunConfig(model, DataConfig(text="corpus"), optimizer, train)
+
+
 def widened(run: RunConfig, width: int) -> RunConfig:
     """A run whose model has another width, with initial weights and rates as they transfer:
 

@@ -27,7 +27,7 @@ from bitjax.evaluate.records import fingerprint
 from bitjax.evaluate.requests import Request, RequestScorer, Score, beginning
 from bitjax.evaluate.rolling import rolling_requests
 from bitjax.infer import Generator, SamplingParams
-from bitjax.model import Transformer
+from bitjax.model import Transformer, parameter_count
 from bitjax.text import TextTokenizer
 
 if TYPE_CHECKING:
@@ -278,10 +278,9 @@ class HarnessModel(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside the results."""
-        leaves = jax.tree.leaves(nnx.state(self.model))
         return {
-            "model_num_parameters": sum(leaf.size for leaf in leaves),
-            "model_bytes": sum(leaf.nbytes for leaf in leaves),
+            "model_num_parameters": parameter_count(self.model.config),
+            "model_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(self.model))),
             "model_sha": fingerprint(self.model),
         }
 

@@ -28,43 +28,38 @@ with warnings.catch_warnings():
 from bitjax.evaluate.requests import RequestScorer
 from bitjax.evaluate.rolling import score_documents
 from bitjax.harness import HarnessModel
+from bitjax.infer.convert import pack_model
 from bitjax.interop.tokenizers import write_huggingface_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # they are the harness's and its libraries'
 TOLERANCE = 1.5e-2
 WORDS = ["hello", "world", "held", "in", "lord", "wor", "é", "hill", "two", "or", "<|im_end|>"]
-CHOICE = """
-task: choice
+DATA = """
+task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}, cache_dir: {cache}}}
 test_split: test
+"""
+CHOICE = """
 output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
 doc_to_target: gold
-target_delimiter: "{delimiter}"
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+target_delimiter: " "
+metric_list: [{metric: acc}, {metric: acc_norm}]
 """
 TEXT = """
-task: text
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}, cache_dir: {cache}}}
-test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
-doc_to_target: "{{{{text}}}}"
-metric_list: [{{metric: word_perplexity}}, {{metric: bits_per_byte}}]
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
 """
 ANSWER = """
-task: answer
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}, cache_dir: {cache}}}
-test_split: test
 output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{text}}}}"
-generation_kwargs: {{until: ["lo", "\\n"], max_gen_toks: 9, do_sample: false}}
-metric_list: [{{metric: exact_match}}]
+doc_to_text: "{{question}}"
+doc_to_target: "{{text}}"
+generation_kwargs: {until: ["lo", "\\n"], max_gen_toks: 9, do_sample: false}
+metric_list: [{metric: exact_match}]
 """
 
 
@@ -104,9 +99,8 @@ def tasks(tmp_path_factory):
     file = folder / "items.json"
     file.write_text("".join(json.dumps(line) + "\n" for line in documents()))
     for name, form in (("choice", CHOICE), ("text", TEXT), ("answer", ANSWER)):
-        (folder / f"{name}.yaml").write_text(
-            form.format(file=file, cache=folder / "cache", delimiter=" ")
-        )
+        data = DATA.format(name=name, file=file, cache=folder / "cache")
+        (folder / f"{name}.yaml").write_text(data + form)
     return TaskManager(include_path=str(folder), include_defaults=False)
 
 
@@ -214,6 +208,9 @@ def test_byte_models_and_errors():
     assert model.tok_encode("é") == [0xC3, 0xA9]
     info = model.get_model_info()
     assert info["model_bytes"] == 4 * info["model_num_parameters"]
+    packed = HarnessModel(pack_model(tiny_model(num_layers=1))).get_model_info()
+    assert packed["model_num_parameters"] == info["model_num_parameters"]  # not their bytes
+    assert packed["model_bytes"] < info["model_bytes"]
     for settings, message in (
         ({"num_beams": 4}, "generates with num_beams=4, which bitjax has not"),
         ({"max_gen_toks": 48}, "48 tokens to generate leave no room in the model's context of 48"),
