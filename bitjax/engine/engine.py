@@ -190,7 +190,7 @@ class Engine:
                         self.submit(request)
                         live.add(request.id)
                     except ValueError as error:
-                        refused = failed(request.id, str(error))
+                        refused = Completion(request.id, (), error=str(error))
                         yield Delta(request.id, 0, "", finish_reason="error", completion=refused)
                 for delta in self.step():
                     if delta.completion is not None:
