@@ -98,19 +98,30 @@ def sweep(arm: str, out: Path, settings: list[str]) -> dict[float, float]:
     return found
 
 
-def evaluate(run: Path, texts: dict[str, Path], blimp: Path) -> dict[str, Any]:
-    """Scores of the texts and of BLiMP, with standard errors."""
+def evaluate(
+    run: Path, texts: dict[str, Path], blimp: Path, window: int | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Scores of the texts and of BLiMP, with standard errors.
+
+    Args:
+        run: a run's directory, or a model file.
+        texts: by name.
+        blimp: the archive.
+        window: predictions in a window, which do not overlap; None: the context, half of it new.
+        limit: items of each of BLiMP's 67 parts; None: all 1,000.
+    """
     model = load(run)
     scores: dict[str, Any] = {}
     for name, path in texts.items():
-        score, _ = score_path(model, TextSettings(str(path)))
+        score, _ = score_path(model, TextSettings(str(path), window, window))
         scores[name] = {
             "bits_per_byte": score.bits_per_byte, "error": score.bits_per_byte_error,
             "tokens": score.tokens, "bytes": path.stat().st_size,
             "words": len(path.read_text().split()) + path.read_text().count("\n"),
         }  # fmt: skip
     task = read_task(blimp)
-    answers = score_task(RequestScorer(model), model.tokenizer, task, TaskSettings())
+    answers = score_task(RequestScorer(model), model.tokenizer, task, TaskSettings(), limit)
     for group, members in groups(answers).items():
         mean = Mean.of(metrics(members)["acc"])
         scores[f"BLiMP {group}".strip()] = {
@@ -155,16 +166,21 @@ def sweep_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def publish(results: dict[str, Any], out: Path) -> None:
-    """Rewrite what lies beside this file."""
-    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+def fill_in(parts: dict[str, str]) -> None:
+    """Put texts between the marks of their names in `README.md`."""
     readme = HERE / "README.md"
     text = readme.read_text()
-    for mark, made in (("results", table(results)), ("sweep", sweep_table(results))):
+    for mark, made in parts.items():
         before, _, rest = text.partition(f"<!-- {mark} -->")
         end = f"<!-- end of {mark} -->"
         text = f"{before}<!-- {mark} -->\n{made}\n{end}{rest.partition(end)[2]}"
     readme.write_text(text)
+
+
+def publish(results: dict[str, Any], out: Path) -> None:
+    """Rewrite what lies beside this file."""
+    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    fill_in({"results": table(results), "sweep": sweep_table(results)})
     trained = [arm for arm in ARMS if "scores" in results.get(arm, {})]
     plot_losses(HERE / "loss.png", {arm: read_metrics(out / "runs" / arm) for arm in trained})
 
