@@ -139,7 +139,7 @@ def shakespeare(weights: WeightQuantizer, text: str = "", seed: int = 0) -> RunC
 
 
 def wikipedia(weights: WeightQuantizer) -> RunConfig:
-    """A 3.6M-parameter model, 1.0M of them the embedding of 4,096 tokens; 12M tokens of a corpus.
+    """A 3.6M-parameter model, 1.0M of them the embedding of 4,096 tokens; 8.2M tokens of a corpus.
 
     Args:
         weights: "ternary" with int8 activations, or "float": the full-precision twin with its own
@@ -154,15 +154,15 @@ def wikipedia(weights: WeightQuantizer) -> RunConfig:
     if weights == "float":
         model = model.full_precision_twin()
         optimizer = OptimizerConfig(
-            learning_rate=2e-3, stage_two_learning_rate=None, stage_two_weight_decay=None,
-            warmup_steps=100,
+            learning_rate=3e-3, stage_two_learning_rate=None, stage_two_weight_decay=None,
+            warmup_steps=50,
         )  # fmt: skip
     else:
         optimizer = OptimizerConfig(
-            learning_rate=3e-3, stage_two_learning_rate=2e-3, warmup_steps=100
+            learning_rate=3e-3, stage_two_learning_rate=2e-3, warmup_steps=50
         )
     train = TrainConfig(
-        steps=3000, batch_size=16, seq_len=256, eval_every=300, checkpoint_every=300
+        steps=2000, batch_size=16, seq_len=256, eval_every=250, checkpoint_every=250
     )
     return RunConfig(model, DataConfig(text="corpus"), optimizer, train)
 

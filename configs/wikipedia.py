@@ -13,5 +13,5 @@ from bitjax.presets import wikipedia
 
 
 def get_config() -> RunConfig:
-    """3.6M parameters; 12M tokens."""
+    """3.6M parameters; 8.2M tokens."""
     return wikipedia("ternary")

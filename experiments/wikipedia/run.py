@@ -40,7 +40,7 @@ from bitjax.train import read_metrics
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent.parent / "configs"
 ARMS = {"ternary": "wikipedia.py", "float": "wikipedia_float.py"}
-RATES = {"ternary": (1.5e-3, 3e-3, 6e-3), "float": (1e-3, 2e-3, 4e-3)}
+RATES = (1.5e-3, 3e-3, 6e-3)
 SWEEP_STEPS = 200
 TRAINED, TESTED = 90_000_000, 5_000_000  # bytes, as enwik8 is usually cut
 PAGE = "  <page>\n"  # begins one
@@ -91,7 +91,7 @@ def held_out_loss(run: Path) -> float:
 def sweep(arm: str, out: Path, settings: list[str]) -> dict[float, float]:
     """Learning rates and the held-out losses that short runs reach with them."""
     found = {}
-    for rate in RATES[arm]:
+    for rate in RATES:
         run = out / "sweep" / f"{arm}-{rate:g}"
         train(arm, run, rate, settings, SWEEP_STEPS)
         found[rate] = held_out_loss(run)
