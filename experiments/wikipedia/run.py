@@ -40,7 +40,7 @@ from bitjax.train import read_metrics
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent.parent / "configs"
 ARMS = {"ternary": "wikipedia.py", "float": "wikipedia_float.py"}
-RATES = (1.5e-3, 3e-3, 6e-3)
+RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
 SWEEP_STEPS = 200
 TRAINED, TESTED = 90_000_000, 5_000_000  # bytes, as enwik8 is usually cut
 PAGE = "  <page>\n"  # begins one

@@ -4,8 +4,9 @@
         --articles articles.txt.xz --wikitext test.txt --blimp BLiMP.zip --out /tmp/smollm2 \
         [--set train.products=integer]
 
-Chooses the rate of configs/smollm2_continual.py by short runs, trains it on Wikipedia's articles,
-and scores the three models. What is done is kept in `--out`, so that an interrupted run goes on by
+Chooses the rate of configs/smollm2_continual.py by short runs, one of which lets quantisation grow
+and is what the long one starts from if it is the best; trains it on Wikipedia's articles, and
+scores the three models. What is done is kept in `--out`, so that an interrupted run goes on by
 the same command. Rewrites `smollm2.json`, `smollm2.png` and a table in `README.md` beside this
 file.
 
@@ -31,7 +32,8 @@ from bitjax.plots import plot_losses
 from bitjax.train import read_metrics
 
 RATES = (3e-4, 1e-3, 3e-3)
-SWEEP_STEPS = 40
+SHORT = 40  # steps
+GROWING = "growing"
 TEXT = 300_000  # bytes of WikiText-2 that are scored
 WINDOW = 1024
 ITEMS = 100  # of each of BLiMP's parts
@@ -43,15 +45,32 @@ MODELS = {
 }
 
 
-def train(run: Path, rate: float, settings: list[str], steps: int | None = None) -> None:
-    """Train on, or go on with it; a finished run is left alone."""
-    home = run.parent.parent
-    changed = [f"data.text={home / 'corpus'}", f"train.start_from={home / 'float.safetensors'}",
+def train(run: Path, start: Path, rate: float, settings: list[str]) -> float:
+    """Train on, or go on with it, and return the held-out loss; a finished run is left alone."""
+    changed = [f"data.text={run.parent.parent / 'corpus'}", f"train.start_from={start}",
                f"optimizer.learning_rate={rate}", *settings]  # fmt: skip
-    if steps is not None:
-        changed += [f"train.steps={steps}", f"train.eval_every={steps}"]
     bitjax("train", CONFIGS / "smollm2_continual.py", "--out", run,
            *(part for setting in changed for part in ("--set", setting)))  # fmt: skip
+    return held_out_loss(run)
+
+
+def short_runs(out: Path, settings: list[str]) -> dict[str, float]:
+    """Held-out losses of short runs: by learning rate, and by the best one with quantisation that
+    grows from none to all of it, which integer products do not have."""
+    start, found = out / "float.safetensors", {}
+    few = [f"train.steps={SHORT}", f"train.eval_every={SHORT}"]
+    for rate in RATES:
+        found[f"{rate:g}"] = train(out / "sweep" / f"{rate:g}", start, rate, [*settings, *few])
+    growing = [f"train.quantization_warmup_steps={SHORT - 1}", "train.products=xla"]
+    found[GROWING] = train(
+        out / "sweep" / GROWING, start, float(best(found)), [*settings, *few, *growing]
+    )
+    return found
+
+
+def best(losses: dict[str, float]) -> str:
+    """The name with the lowest loss."""
+    return min(losses, key=losses.__getitem__)
 
 
 def prepare(model: Path, articles: Path, wikitext: Path, out: Path) -> None:
@@ -90,9 +109,11 @@ def table(results: dict[str, Any]) -> str:
             f"| `{' '.join(results[name]['text'].split())}` |"
         )
     if "sweep" in results:
-        swept = [f"{float(rate):g}: {loss:.3f}" for rate, loss in results["sweep"].items()]
-        lines += ["", f"Held-out loss after {SWEEP_STEPS} steps, by learning rate (nats per "
-                  f"token): {', '.join(swept)}."]  # fmt: skip
+        losses = results["sweep"]
+        swept = [f"{loss:.3f} at {rate}" for rate, loss in losses.items() if rate != GROWING]
+        lines += ["", f"Held-out nats per token after {SHORT} steps, by learning rate: "
+                  f"{', '.join(swept)}; with quantisation that grows from none to all over these "
+                  f"steps, at the best rate: {losses[GROWING]:.3f}."]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -124,15 +145,13 @@ def main() -> None:
         publish(results, out)
 
     if "sweep" not in results:
-        swept = {}
-        for rate in RATES:
-            run = out / "sweep" / f"{rate:g}"
-            train(run, rate, arguments.set, SWEEP_STEPS)
-            swept[f"{rate:g}"] = held_out_loss(run)
-        keep(sweep=swept)
-    best = min(results["sweep"], key=results["sweep"].__getitem__)
+        keep(sweep=short_runs(out, arguments.set))
+    losses = dict(results["sweep"])
+    growing = losses.pop(GROWING)
+    rate = best(losses)
+    start = out / "sweep" / GROWING if growing < losses[rate] else out / "float.safetensors"
     run = out / "runs" / "continual"
-    train(run, float(best), arguments.set)
+    train(run, start, float(rate), arguments.set)
     models = {"continual": run}
     models |= {name: out / f"{name}.safetensors" for name in ("rounded", "float")}
     for name, model in models.items():

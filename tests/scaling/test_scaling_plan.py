@@ -70,6 +70,13 @@ def test_arms_differ_in_what_they_say():
     assert continual.train.start_from == "there"
     assert continual.train.seed != 3
     assert continual.train.quantization_warmup_steps == 8
+    fast = dataclasses.replace(BASE, train=dataclasses.replace(BASE.train, products="integer"))
+    integer = {
+        arm
+        for arm in ("ternary", "float", "binary", "ternary_float_activations", "continual")
+        if configuration(fast, STUDY, arm, "16x1", 40, 3, 6e-3).train.products == "integer"
+    }
+    assert integer == {"ternary", "binary"}
     assert made("binary").model.weights == "binary"
     bare = made("ternary_float_activations").model
     assert (bare.weights, bare.activations) == ("ternary", "float")
