@@ -84,6 +84,7 @@ def run_serve_command(arguments: argparse.Namespace) -> None:
 
     model = load(arguments.model, arguments.impl)
     worker = make_worker(model, engine, config)
+    worker.engine.load()
     encoder = Encoder(model.tokenizer, model.config, worker.engine.context, template)
     name = arguments.name or Path(arguments.model).stem
 

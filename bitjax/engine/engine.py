@@ -91,6 +91,12 @@ class Engine:
         self._arrived: list[Job] = []
         self._counts = Stats()
 
+    def load(self) -> None:
+        """Compile, or read from the disk, all programs now, so that no request waits for one."""
+        config = self.config
+        most = max(config.max_sequences, config.lookup_rows if config.lookup else 1)
+        self._runner.load(max(config.step_tokens, most), most)
+
     @property
     def pending(self) -> int:
         """Requests that are not finished."""

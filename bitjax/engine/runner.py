@@ -69,15 +69,7 @@ class Runner:
         count = len(tokens)
         rows_3xR = np.zeros((3, bucket(count)), np.int32)
         rows_3xR[0, :count], rows_3xR[1, :count], rows_3xR[2, :count] = tokens, positions, sequences
-        # JAX may read an array in place, after this call: the next step changes the tables.
-        operands = (
-            self.leaves, self._cache, rows_3xR, self.tables_QxN.copy(), np.array([count], np.int32),
-            self._turns_Sxh,
-        )  # fmt: skip
-        key = "run", rows_3xR.shape[1]
-        if key not in self._compiled:
-            self._compiled[key] = self._run.compiled(*operands)
-        hidden_RxD, self._cache = self._compiled[key](*operands)
+        hidden_RxD, self._cache = self._extend(rows_3xR.shape[1])(*self._operands(rows_3xR, count))
         return hidden_RxD
 
     def logits(
@@ -96,20 +88,52 @@ class Runner:
             masks: uint32 bits of the only tokens that matter, by number in `rows`.
         """
         count = len(rows)
-        wanted_2xS = np.zeros((2, bucket(count)), np.int32)
-        wanted_2xS[0, :count], wanted_2xS[1, :count] = rows, ranks
+        size = bucket(count)
+        hidden_SxD = np.zeros((size, hidden_RxD.shape[1]), hidden_RxD.dtype)
+        hidden_SxD[:count] = np.asarray(hidden_RxD)[rows]
+        ranks_S = np.zeros(size, np.int32)
+        ranks_S[:count] = ranks
         allowed_SxW = None
         if masks and self._screened:
             words = len(next(iter(masks.values())))
-            allowed_SxW = np.full((wanted_2xS.shape[1], words), 0xFFFFFFFF, np.uint32)
+            allowed_SxW = np.full((size, words), 0xFFFFFFFF, np.uint32)
             for row, mask in masks.items():
                 allowed_SxW[row] = mask
-        count_1 = np.array([count], np.int32)
-        operands = self.leaves, hidden_RxD, wanted_2xS, count_1, allowed_SxW
-        key = "head", hidden_RxD.shape[0], wanted_2xS.shape[1], allowed_SxW is None
+        operands = hidden_SxD, ranks_S, np.array([count], np.int32), allowed_SxW
+        return np.asarray(self._choose(operands)(self.leaves, *operands))
+
+    def load(self, rows: int, wanted: int) -> None:
+        """Compile, or read from the disk, what runs up to so many rows and wanted rows.
+
+        Else the first step of a size waits for that, half a second for 30 layers.
+        """
+        for size in buckets(rows):
+            self._extend(size)
+        one = self._operands(np.zeros((3, 1), np.int32), 0)
+        hidden_1xD = self._run.shapes(*one)[0]
+        for size in buckets(wanted):
+            hidden_SxD = np.zeros((size, hidden_1xD.shape[1]), hidden_1xD.dtype)
+            self._choose((hidden_SxD, np.zeros(size, np.int32), np.zeros(1, np.int32), None))
+
+    def _operands(self, rows_3xR: np.ndarray, count: int) -> tuple[Any, ...]:
+        # JAX may read an array in place, after this call: the next step changes the tables.
+        tables_QxN, count_1 = self.tables_QxN.copy(), np.array([count], np.int32)
+        return self.leaves, self._cache, rows_3xR, tables_QxN, count_1, self._turns_Sxh
+
+    def _extend(self, size: int) -> Callable[..., Any]:
+        """The program that runs so many rows."""
+        key = "run", size
         if key not in self._compiled:
-            self._compiled[key] = self._head.compiled(*operands)
-        return np.asarray(self._compiled[key](*operands))
+            operands = self._operands(np.zeros((3, size), np.int32), 0)
+            self._compiled[key] = self._run.compiled(*operands)
+        return self._compiled[key]
+
+    def _choose(self, operands: tuple[Any, ...]) -> Callable[..., Any]:
+        """The program of the head for such operands."""
+        key = "head", len(operands[0]), operands[-1] is None
+        if key not in self._compiled:
+            self._compiled[key] = self._head.compiled(self.leaves, *operands)
+        return self._compiled[key]
 
     def copy(self, source: int, target: int) -> None:
         """Copy a page."""
@@ -117,6 +141,11 @@ class Runner:
         if "copy" not in self._compiled:
             self._compiled["copy"] = self._copy.compiled(*operands)
         self._cache = self._compiled["copy"](*operands)
+
+
+def buckets(rows: int) -> list[int]:
+    """Sizes of the programs that run up to so many rows."""
+    return [size for size in BUCKETS if size < rows] + [bucket(rows)]
 
 
 def bucket(rows: int) -> int:
@@ -149,14 +178,13 @@ def _run(
 def _head(
     tree: Any,
     leaves: list[Any],
-    hidden_RxD: jax.Array,
-    wanted_2xS: jax.Array,
+    hidden_SxD: jax.Array,
+    ranks_S: jax.Array,
     count_1: jax.Array,
     allowed_SxW: jax.Array | None,
 ) -> jax.Array:
     model: Transformer = nnx.merge(*jax.tree.unflatten(tree, leaves))
-    hidden_SxD = hidden_RxD[wanted_2xS[0]]
-    return model.logits_of_rows(hidden_SxD, wanted_2xS[1], count_1, allowed_SxW)
+    return model.logits_of_rows(hidden_SxD, ranks_S, count_1, allowed_SxW)
 
 
 def _copy(cache: Cache, pages_2: jax.Array) -> Cache:
