@@ -4,7 +4,8 @@
 
 Starts `bitjax serve` on a tiny model and sends, from some dozens of threads, requests of every
 kind: whole and streamed, completions and chats, several samples, clients that leave at once or in
-the middle, that do not read, that send bodies which are broken, slow or too long, or nothing.
+the middle, that do not read, that send bodies which are broken, slow or too long, or nothing; then
+thousands of connections at once, each with a request.
 Wants:
     - an answer to every request that waits for one, each with a status that its kind may have;
     - of every request with a seed the text that it gives alone;
@@ -15,6 +16,7 @@ The last line is JSON with the counts.
 """
 
 import argparse
+import asyncio
 import collections
 import concurrent.futures
 import contextlib
@@ -28,6 +30,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from urllib.parse import urlparse
 
 from http_raw import ask, events, opened, post
 from prometheus_client.parser import text_string_to_metric_families
@@ -223,10 +226,30 @@ def settled(address, seconds=60):
         time.sleep(0.2)
 
 
+async def crowd(address, count):
+    """So many connections at once, each with a request; how often which status came back."""
+    where = urlparse(address)
+    raw = post("/v1/completions", {"prompt": "a", "max_tokens": 4, "temperature": 0})
+
+    async def one():
+        reader, writer = await asyncio.open_connection(where.hostname, where.port)
+        writer.write(raw)
+        said = await reader.read()
+        writer.close()
+        head, _, body = said.partition(b"\r\n\r\n")
+        status = int(head.split()[1])
+        json.loads(body)  # whole
+        return status
+
+    found = await asyncio.wait_for(asyncio.gather(*(one() for _ in range(count))), 120)
+    return collections.Counter(found)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--threads", type=int, default=32)
+    parser.add_argument("--crowd", type=int, default=3000, help="connections at once")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -263,6 +286,9 @@ def run(process, arguments, log):
             states.append(held(process))
             print(f"{ends:,} requests, {time.monotonic() - began:.0f} s: {states[-1]}", flush=True)
     seconds = time.monotonic() - began
+    statuses = asyncio.run(crowd(address, arguments.crowd))
+    settled(address)
+    print(f"{arguments.crowd:,} connections at once: {dict(statuses)}", flush=True)
     # Requests once more, alone, a sample of them.
     again = random.Random(1).sample(sorted(soak.kept), min(200, len(soak.kept)))
     for key in again:
@@ -293,6 +319,8 @@ def run(process, arguments, log):
     print(json.dumps(result))
     assert total == arguments.requests
     assert not bad
+    assert set(statuses) <= {200, 429, 503}
+    assert statuses[200]
     assert (process.returncode, error) == (0, "")
     assert last["files"] <= states[0]["files"] + 2
     assert last["threads"] <= states[0]["threads"] + 1

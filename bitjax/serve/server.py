@@ -1,9 +1,11 @@
-"""The network: uvicorn, with connections that do nothing closed, and an end that waits."""
+"""The network: uvicorn, with connections that do nothing closed, those beyond a limit refused while
+the others go on, and an end that waits."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -17,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bitjax.config import ServeConfig
+from bitjax.protocol import BadRequest
 from bitjax.serve.stream import ABORT
 
 BACKLOG = 1024  # connections that the system holds until they are accepted
@@ -41,9 +44,9 @@ class Server:
         host, port = self._listener.getsockname()[:2]
         self.address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         settings = uvicorn.Config(
-            app, http=_protocol(config.idle_seconds), loop="asyncio", ws="none", lifespan="on",
-            log_level="error", access_log=False, server_header=False,
-            limit_concurrency=config.connections, backlog=BACKLOG,
+            app, http=_protocol(config.idle_seconds, config.connections), loop="asyncio",
+            ws="none", lifespan="on", log_level="error", access_log=False, server_header=False,
+            backlog=BACKLOG,
             timeout_keep_alive=max(1, int(config.idle_seconds)),
             timeout_graceful_shutdown=int(config.drain_seconds),
         )  # fmt: skip
@@ -92,12 +95,15 @@ def listen(config: ServeConfig) -> socket.socket:
         ) from None
 
 
-def _protocol(idle: float) -> type[H11Protocol]:
-    """Connections that are closed when nothing is asked of them for `idle` to 1.5 `idle` seconds.
+def _protocol(idle: float, most: int) -> type[H11Protocol]:
+    """Connections that are closed when nothing is asked of them for `idle` to 1.5 `idle` seconds,
+    and refused when there are `most` already.
 
     uvicorn's own time runs between requests alone: not before the first, nor while one is being
-    begun a byte at a time.
+    begun a byte at a time. Its own limit, once passed, refuses the requests of all connections.
     """
+    accepted: set[H11Protocol] = set()
+    refusal = _refusal(most)
 
     class Protocol(H11Protocol):
         def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -114,8 +120,17 @@ def _protocol(idle: float) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            if len(accepted) < most:
+                accepted.add(self)
             self._quiet_since = time.monotonic()
             self._look()
+
+        def data_received(self, data: bytes) -> None:
+            if self in accepted:
+                super().data_received(data)
+            else:  # not before it asks: an answer to a request that is on its way may be lost
+                self.transport.write(refusal)
+                self.transport.close()
 
         def _look(self) -> None:
             if self.transport.is_closing():
@@ -132,9 +147,21 @@ def _protocol(idle: float) -> type[H11Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._looking.cancel()
+            accepted.discard(self)
             super().connection_lost(exc)
 
     return Protocol
+
+
+def _refusal(most: int) -> bytes:
+    """The answer to a connection that is one too many."""
+    error = BadRequest(f"the server has {most:,} connections, as many as it takes", status=503)
+    body = json.dumps(error.body()).encode()
+    head = (
+        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + body
 
 
 @contextlib.contextmanager
