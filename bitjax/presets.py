@@ -154,12 +154,12 @@ def wikipedia(weights: WeightQuantizer) -> RunConfig:
     if weights == "float":
         model = model.full_precision_twin()
         optimizer = OptimizerConfig(
-            learning_rate=3e-3, stage_two_learning_rate=None, stage_two_weight_decay=None,
+            learning_rate=6e-3, stage_two_learning_rate=None, stage_two_weight_decay=None,
             warmup_steps=50,
         )  # fmt: skip
     else:
         optimizer = OptimizerConfig(
-            learning_rate=3e-3, stage_two_learning_rate=2e-3, warmup_steps=50
+            learning_rate=1.2e-2, stage_two_learning_rate=8e-3, warmup_steps=50
         )
     train = TrainConfig(
         steps=2000, batch_size=16, seq_len=256, eval_every=250, checkpoint_every=250
