@@ -70,9 +70,9 @@ def _jobs(added: argparse.ArgumentParser) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     from bitjax import terminal
     from bitjax.recipe import read_recipe
+    from bitjax.replacing import replace_text
     from bitjax.scaling.plan import read_plan, to_json
     from bitjax.scaling.planning import Wanted, make_plan, remarks, show_plan
-    from bitjax.scaling.table import replace_file
 
     base = read_recipe(arguments.recipe)
     known = []
@@ -82,7 +82,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         known = read_plan(arguments.output).calibrations
     wanted = Wanted(_study(arguments), arguments.design, _budget(arguments), arguments.jobs)
     plan = make_plan(base, wanted, arguments.data, known)
-    replace_file(arguments.output, to_json(plan))
+    replace_text(arguments.output, to_json(plan))
     show_plan(plan, arguments.jobs)
     for remark in remarks(plan):
         print(f"bitjax: warning: {remark}", file=sys.stderr)

@@ -10,7 +10,8 @@ PACKAGE = ROOT / "bitjax"
 
 # Each room may import the rooms of earlier lines, and its own.
 LAYERS = [
-    {"allocator", "config", "quant", "packing", "printable", "safetensors_writer", "tokenizer"},
+    {"allocator", "config", "quant", "packing", "tokenizer"}
+    | {"printable", "replacing", "safetensors_writer"},
     {"ops", "presets", "text"},
     {"corpus"},
     {"model"},

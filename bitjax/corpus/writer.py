@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from bitjax.corpus.store import PARTS, shard_name
+from bitjax.replacing import replace_text
 
 PROGRESS = "progress.json"
 
@@ -165,11 +166,7 @@ class Journal:
             "build": self._build, "batches": batches, "texts": texts, "empty": empty,
             "parts": {part: writers[part].progress() for part in PARTS},
         }  # fmt: skip
-        temporary = self._path.with_suffix(".tmp")
-        with temporary.open("w") as file:
-            json.dump(about, file)
-            _sync(file)
-        os.replace(temporary, self._path)
+        replace_text(self._path, json.dumps(about))
 
     def sweep(self) -> None:
         """Remove the files that progress.json does not know, such as later shards."""

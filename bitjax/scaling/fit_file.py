@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from bitjax.replacing import replace_text
 from bitjax.scaling.ensemble import Ensemble, Member
 from bitjax.scaling.laws import Law
 from bitjax.scaling.runs import Runs
-from bitjax.scaling.table import replace_file
 
 FORMAT, VERSION = "bitjax scale fit", 1
 DIGITS = 8  # of draws: far below what 4000 of them decide
@@ -50,7 +50,7 @@ def write_fit(path: Path, fit: FitFile) -> None:
         "format": FORMAT, "version": VERSION, "delta": fit.delta, "resampling": fit.resampling,
         "runs": runs, "laws": laws,
     }  # fmt: skip
-    replace_file(path, json.dumps(_null(document), allow_nan=False))
+    replace_text(path, json.dumps(_null(document), allow_nan=False))
 
 
 def read_fit(path: Path) -> FitFile:

@@ -22,12 +22,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bitjax.replacing import replace_text
 from bitjax.scaling.arms import ARMS, configuration
 from bitjax.scaling.jobs import POLL, Job, end, interruptible, shares
 from bitjax.scaling.plan import Plan, PlannedRun, PlannedSweep, hours
 from bitjax.scaling.records import Recorder, code_commit, curve
 from bitjax.scaling.sweep import Trial, best_rate, next_rates, read_sweeps, write_sweeps
-from bitjax.scaling.table import append_row, card, locked, read_table, replace_file
+from bitjax.scaling.table import append_row, card, locked, read_table
 from bitjax.scaling.worker import DIVERGED, start
 from bitjax.train import Interrupted
 
@@ -259,17 +260,17 @@ class _Study:
         result = folder / "result.json"
         made = json.loads(result.read_text(encoding="utf-8"))
         if made["status"] == DIVERGED:
-            replace_file(folder / "failed.txt", made["why"])
+            replace_text(folder / "failed.txt", made["why"])
             result.unlink()
             self._fail(run.run, made["why"])
             return
         row = self._recorder.row(run, self._rate(run), made)
         (self._directory / "curves").mkdir(exist_ok=True)
-        replace_file(self._directory / row.curve, curve(made))
+        replace_text(self._directory / row.curve, curve(made))
         append_row(self._table, row)
         self._rows.append(row)
         self._done.add(run.run)
-        replace_file(self._directory / "table.md", card(self._rows))
+        replace_text(self._directory / "table.md", card(self._rows))
         self._spent += made["seconds"]
         self._say(
             f"[{self._count()}] {run.run}: loss {row.loss:.4f} ± {row.loss_se:.4f}, learning rate "

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitjax.scaling.table import replace_file
+from bitjax.replacing import replace_text
 
 COLUMNS = (
     "size", "arm", "tokens", "learning_rate", "loss", "loss_se", "status", "chosen", "seconds",
@@ -87,7 +87,7 @@ def write_sweeps(path: Path, trials: Sequence[Trial]) -> None:
             trial.size, trial.arm, trial.tokens, trial.learning_rate, *values,
             "diverged" if diverged else "finished", str(chosen).lower(), trial.seconds,
         ])  # fmt: skip
-    replace_file(path, made.getvalue())
+    replace_text(path, made.getvalue())
 
 
 def read_sweeps(path: Path) -> list[Trial]:

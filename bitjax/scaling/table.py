@@ -13,13 +13,14 @@ import fcntl
 import io
 import json
 import math
-import os
 import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from bitjax.replacing import replace_text
 
 MEANING: dict[str, str] = {
     "run": "name, unique: size, training tokens, seed and arm",
@@ -179,21 +180,11 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
     out = csv.writer(made, lineterminator="\n")
     out.writerow(COLUMNS)
     out.writerows([_text(getattr(row, name)) for name in COLUMNS] for row in rows)
-    replace_file(path, made.getvalue())
+    replace_text(path, made.getvalue())
 
 
 def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file that is whole and on the disk whenever the machine may stop."""
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 @contextmanager

@@ -40,11 +40,11 @@ def start(
         tasks: see the module.
         commit: of the code, noted in results.
     """
-    from bitjax.scaling.table import replace_file
+    from bitjax.replacing import replace_text
 
     job = folder / "job.json"
     about = {"cores": cores, "parent": os.getpid(), "commit": commit, "tasks": tasks}
-    replace_file(job, json.dumps(about))
+    replace_text(job, json.dumps(about))
     with (folder / "log.txt").open("ab") as log:
         # A session of its own: Ctrl-C comes to us alone, and we tell it.
         return subprocess.Popen(
@@ -61,7 +61,7 @@ def main(path: str) -> int:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, job["cores"])  # before XLA counts the threads of its pool
     from bitjax.allocator import reuse_freed_memory
-    from bitjax.scaling.table import replace_file
+    from bitjax.replacing import replace_text
     from bitjax.train import Interrupted
 
     reuse_freed_memory()
@@ -80,7 +80,7 @@ def main(path: str) -> int:
         except (ValueError, OSError) as error:
             print(error, file=sys.stderr)
             return 1
-        replace_file(result, json.dumps(found | {"imports": imports, "commit": job["commit"]}))
+        replace_text(result, json.dumps(found | {"imports": imports, "commit": job["commit"]}))
     return 0
 
 

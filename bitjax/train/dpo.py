@@ -14,7 +14,6 @@ kept in the run's directory; the model itself need not stay in memory.
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 
 from bitjax.config import TrainConfig
 from bitjax.corpus.rows import Batch, Pairs, Rows
+from bitjax.replacing import replacing
 from bitjax.train import processes
 from bitjax.train.next_token import predicted
 
@@ -90,12 +90,8 @@ def _computed(part: Pairs, likelihoods: Callable[[Batch], jax.Array]) -> np.ndar
 
 
 def _write(path: Path, identity: str, arrays: list[np.ndarray]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with replacing(path) as file:
         np.savez(file, np.array(identity), *arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _read(path: Path, identity: str, pairs: list[Pairs]) -> list[np.ndarray] | None:

@@ -29,11 +29,12 @@ import jax
 
 from bitjax.config import RunConfig, to_json
 from bitjax.corpus.rows import Batch
+from bitjax.replacing import replace_text
 from bitjax.train import flops, processes
 from bitjax.train.boards import boards_of
 from bitjax.train.checkpoint import Checkpoints, Position
 from bitjax.train.layers import LayerWatch, flip_rate, layer_sizes
-from bitjax.train.metrics import MetricsWriter, Report, write_atomically
+from bitjax.train.metrics import MetricsWriter, Report
 from bitjax.train.signals import SignalFlag
 from bitjax.train.source import TOKENIZER, Source, open_source, tokenizer_file
 from bitjax.train.start import started
@@ -90,9 +91,9 @@ def train(
             )
             if not processes.is_first():
                 return _Run(trainer, source, checkpoints, None, on_report).go(state, position, stop)
-            write_atomically(directory / "config.json", to_json(config) + "\n")
+            replace_text(directory / "config.json", to_json(config) + "\n")
             if (tokenizer := tokenizer_file(source.tokenizer)) is not None:
-                write_atomically(directory / TOKENIZER, tokenizer)
+                replace_text(directory / TOKENIZER, tokenizer)
             step = int(state.step)
             with MetricsWriter(directory, step, boards_of(directory, config)) as writer:
                 run = _Run(trainer, source, checkpoints, writer, on_report)

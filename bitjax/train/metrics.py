@@ -7,12 +7,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bitjax.replacing import replace_text
 from bitjax.train.boards import Board
 
 
@@ -134,13 +134,6 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return records
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file by one that is whole, whenever the process may be killed."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def _forget_after(path: Path, step: int) -> None:
     kept = [json.dumps(r) + "\n" for r in read_metrics(path.parent) if r["step"] <= step]
-    write_atomically(path, "".join(kept))
+    replace_text(path, "".join(kept))
