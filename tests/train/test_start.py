@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from test_sharding import run_config
+from test_sharding import TERNARY, run_config
 from tiny import tiny_config, tiny_model
 
 from bitjax.infer import pack_model
@@ -53,7 +53,7 @@ def test_weights_are_taken_over_and_what_is_missing_starts_anew(file):
 
 def test_a_run_starts_from_a_run_and_stays_resumable(file, tmp_path):
     first = train(run_config(steps=2), tmp_path / "a")
-    config = run_config(steps=2, model=tiny_config(head_dim=8, num_kv_heads=4),
+    config = run_config(steps=2, model=TERNARY,
                         start_from=str(tmp_path / "a"), quantization_warmup_steps=1)  # fmt: skip
     state = started(Trainer(config), tmp_path / "a", BYTES)
     for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(first.params), strict=True):
