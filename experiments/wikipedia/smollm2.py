@@ -34,9 +34,9 @@ from bitjax.train import read_metrics
 RATES = (3e-4, 1e-3, 3e-3)
 SHORT = 40  # steps
 GROWING = "growing"
-TEXT = 300_000  # bytes of WikiText-2 that are scored
+TEXT = 200_000  # bytes of WikiText-2 that are scored
 WINDOW = 1024
-ITEMS = 100  # of each of BLiMP's parts
+ITEMS = 50  # of each of BLiMP's parts
 PROMPT = "The city lies on the river"
 MODELS = {
     "float": "full precision",
