@@ -14,7 +14,7 @@ from bitjax.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, T
 
 
 def get_config() -> RunConfig:
-    """134.5M parameters, 106M of them ternary; 0.4M tokens."""
+    """134.5M parameters, 106M of them ternary; 0.25M tokens."""
     model = ModelConfig(
         vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9,
         num_kv_heads=3, head_dim=64, max_seq_len=8192, activation="silu", sub_norm=False,
@@ -25,7 +25,7 @@ def get_config() -> RunConfig:
         stage_two_weight_decay=None, warmup_steps=20,
     )  # fmt: skip
     train = TrainConfig(
-        steps=200, batch_size=8, seq_len=256, start_from="float.safetensors", eval_every=50,
-        checkpoint_every=100, keep_checkpoints=1, keep_best=False, log_codes=False,
+        steps=120, batch_size=8, seq_len=256, start_from="float.safetensors", eval_every=60,
+        checkpoint_every=60, keep_checkpoints=1, keep_best=False, log_codes=False,
     )  # fmt: skip
     return RunConfig(model, DataConfig(text="corpus"), optimizer, train)
