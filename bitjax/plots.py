@@ -11,12 +11,13 @@ Records = Sequence[Mapping[str, Any]]  # of metrics.jsonl
 STYLES = ("-", "--", "-.", ":")
 
 
-def plot_losses(path: Path, runs: Mapping[str, Records]) -> None:
-    """Write training (line) and validation (markers) curves in bits per byte as a PNG.
+def plot_losses(path: Path, runs: Mapping[str, Records], token: str = "byte") -> None:
+    """Write training (line) and validation (markers) curves in bits per token as a PNG.
 
     Args:
         path: of the PNG.
         runs: label -> records of `metrics.jsonl`.
+        token: what the runs' tokens are called.
     """
     figure, axes = _figure()
     for i, (label, records) in enumerate(runs.items()):
@@ -28,7 +29,7 @@ def plot_losses(path: Path, runs: Mapping[str, Records]) -> None:
             *zip(*held, strict=True), "o", color=line.get_color(), markersize=5,
             markerfacecolor="white" if style != "-" else None, label=f"{label}, held out",
         )  # fmt: skip
-    axes.set(xlabel="step", ylabel="bits per byte", title="Training loss")
+    axes.set(xlabel="step", ylabel=f"bits per {token}", title="Training loss")
     highest = max(r["loss"] for records in runs.values() for r in records[len(records) // 20 :])
     axes.set_ylim(top=highest / math.log(2) * 1.02)
     _write(figure, axes, path)

@@ -182,7 +182,8 @@ def publish(results: dict[str, Any], out: Path) -> None:
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     fill_in({"results": table(results), "sweep": sweep_table(results)})
     trained = [arm for arm in ARMS if "scores" in results.get(arm, {})]
-    plot_losses(HERE / "loss.png", {arm: read_metrics(out / "runs" / arm) for arm in trained})
+    runs = {arm: read_metrics(out / "runs" / arm) for arm in trained}
+    plot_losses(HERE / "loss.png", runs, "token")
 
 
 def main() -> None:

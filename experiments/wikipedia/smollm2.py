@@ -122,7 +122,8 @@ def publish(results: dict[str, Any], out: Path) -> None:
     (HERE / "smollm2.json").write_text(json.dumps(results, indent=1) + "\n")
     fill_in({"smollm2": table(results)})
     if (out / "runs" / "continual").exists():
-        plot_losses(HERE / "smollm2.png", {"continual": read_metrics(out / "runs" / "continual")})
+        runs = {"continual": read_metrics(out / "runs" / "continual")}
+        plot_losses(HERE / "smollm2.png", runs, "token")
 
 
 def main() -> None:
