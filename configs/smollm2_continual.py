@@ -6,6 +6,9 @@ Source:    SmolLM2-135M(-Instruct), Hugging Face, Apache-2.0; continual training
 Command:   python experiments/wikipedia/smollm2.py ... makes model file and corpus and starts this,
            or bitjax train configs/smollm2_continual.py --out runs/smollm2 \
                --set train.start_from=float.safetensors --set data.text=CORPUS
+Time:      18 minutes of one core of an AMD EPYC (Zen 5), 12 GB of memory at the most.
+Number:    nats per token of held-out articles: 7.43 after 60 steps, 6.65 after 120; 6.59 bits per
+           byte of WikiText-2 when only rounded, 2.92 afterwards, 1.11 in full precision.
 Hardware:  --set train.products=integer --set train.attention=fused is faster on CPUs with AVX-512
            BF16. train.quantization_warmup_steps, which integer products do not have, is not used.
 """
