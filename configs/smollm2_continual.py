@@ -1,4 +1,4 @@
-"""From 16 to 1.58 bits with a real model: SmolLM2-135M becomes ternary by training on.
+r"""From 16 to 1.58 bits with a real model: SmolLM2-135M becomes ternary by training on.
 
 Source:    SmolLM2-135M(-Instruct), Hugging Face, Apache-2.0; continual training of its kind, arXiv
            2502.11895 and "Fine-tuning LLMs to 1.58bit" (Hugging Face, 2024). The rate by the sweep
