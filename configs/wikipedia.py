@@ -5,7 +5,10 @@ then 0); the learning rate by the sweep of experiments/wikipedia, which also say
 
 Command:   python experiments/wikipedia/run.py ... makes the corpus and starts this, or
            bitjax train configs/wikipedia.py --out runs/ternary --set data.text=CORPUS
-Hardware:  --set train.products=integer is faster on CPUs with AVX-512 BF16.
+Time:      16 minutes of one core of an AMD EPYC (Zen 5), with the settings below.
+Number:    1.930 +- 0.004 bits per byte of enwik8's last 5 MB, one seed; the twin 1.871.
+Hardware:  --set train.products=integer --set train.attention=fused is faster on CPUs with
+           AVX-512 BF16.
 """
 
 from bitjax.config import RunConfig
