@@ -92,7 +92,10 @@ class Engine:
         self._counts = Stats()
 
     def load(self) -> None:
-        """Compile, or read from the disk, all programs now, so that no request waits for one."""
+        """Compile, or read from the disk, all programs now, so that no request waits for one.
+
+        But for the head of a screened model under constraints, which few servers ever run.
+        """
         config = self.config
         most = max(config.max_sequences, config.lookup_rows if config.lookup else 1)
         self._runner.load(max(config.step_tokens, most), most)

@@ -114,6 +114,7 @@ class Runner:
         for size in buckets(wanted):
             hidden_SxD = np.zeros((size, hidden_1xD.shape[1]), hidden_1xD.dtype)
             self._choose((hidden_SxD, np.zeros(size, np.int32), np.zeros(1, np.int32), None))
+        self._copy.compiled(self._cache, np.zeros(2, np.int32))
 
     def _operands(self, rows_3xR: np.ndarray, count: int) -> tuple[Any, ...]:
         # JAX may read an array in place, after this call: the next step changes the tables.

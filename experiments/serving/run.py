@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +249,6 @@ def main() -> None:
                 found = measure(engines[name], load, threads, seed)
                 kept[name].append(found)
                 print(load.name, name, {k: round(v, 4) for k, v in found.items()}, flush=True)
-        results["settings"] = [asdict(load) for load in chosen]
         publish(results)
 
 

@@ -45,12 +45,13 @@ def test_loaded_programs_are_all_that_run_and_head_need():
     runner = Runner(changed(model_of("int4"), impl="ffi"), None, 6, 2, CONTEXT)
     runner.tables_QxN[0] = 0, 1, 2
     runner.load(rows=40, wanted=9)
-    before = len(runner._run), len(runner._head)
-    assert before == (4, 3)  # 1, 8, 32 and 128 rows; heads of 1, 8 and 32
+    before = len(runner._run), len(runner._head), len(runner._copy)
+    assert before == (4, 3, 1)  # 1, 8, 32 and 128 rows; heads of 1, 8 and 32
     for rows in (1, 2, 8, 33, 40):
         zeros = np.zeros(rows, np.int32)
         hidden = runner.run(zeros, np.arange(rows, dtype=np.int32), zeros)
         for wanted in {1, min(rows, 9)}:
             chosen = np.arange(wanted, dtype=np.int32)
             runner.logits(hidden, chosen, np.ones(wanted, np.int32))
-    assert (len(runner._run), len(runner._head)) == before
+    runner.copy(0, 3)
+    assert (len(runner._run), len(runner._head), len(runner._copy)) == before
