@@ -282,8 +282,9 @@ class Rows<int8_t, M> {
     return pair;
   }
 
+  // A function of its own, and its last loops unrolled: otherwise GCC 12 keeps the sums in memory.
   template <int V>
-  void mix_vectors(const int8_t* values, const int8_t* ahead, const int16_t (*codes)[kStepSlots],
+  __attribute__((noinline)) void mix_vectors(const int8_t* values, const int8_t* ahead, const int16_t (*codes)[kStepSlots],
                    const float* step, float* out) const {
     Ints16 acc[M][V] = {};
     for (int s = 0; s < kStepSlots; s += 2) {
@@ -297,7 +298,9 @@ class Rows<int8_t, M> {
         for (int v = 0; v < V; ++v) add_pair_products(value[v], pair, &acc[i][v]);
       }
     }
+#pragma GCC unroll 8
     for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
         Float16 sum;
         load_floats(out + i * h_ + v * kFloats, &sum);

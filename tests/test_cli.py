@@ -246,6 +246,10 @@ def test_dummy_model_and_its_benchmark(tmp_path, capsys, monkeypatch):
         assert ratio["highest"] == pytest.approx(result["fastest"] / theirs)
     assert document["results"]["batch 3"]["against"] == {}
     assert document["file_bytes"] == path.stat().st_size
+    peaks = list(document["peak_resident_bytes"].values())
+    assert len(peaks) == len(document["results"])
+    assert peaks[0] > 10**7
+    assert peaks == sorted(peaks)
     energy = document["energy"]
     assert energy["source"] == ("measured" if energy["rounds"] else "modelled")
     assert energy["joules_per_token"] > 0

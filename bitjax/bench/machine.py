@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import resource
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,12 @@ def machine() -> dict[str, Any]:
         "threads": threads(),
         "kernel": ffi.active_kernel() if ffi.available() else "reference",
     }
+
+
+def peak_resident() -> int:
+    """Bytes of memory that this process has held at most, pages of mapped files included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # getrusage(2): bytes there, kB here
 
 
 def _processor() -> str:

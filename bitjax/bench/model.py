@@ -10,7 +10,8 @@ The measured quantities, as other engines' benchmarks have them:
 
 The floor of a decoded token is the bytes that it must read (packed layers, norms, head and cache)
 over the memory's read bandwidth; of a prompt, its integer operations over the dot product's peak.
-Both limits are measured in the same run. Rounds of everything are interleaved, so that a noisy
+Both limits are measured in the same run. Resident memory, with the pages of the mapped file, is the
+process's peak up to each kind of work. Rounds of everything are interleaved, so that a noisy
 machine's moods meet all engines alike; ratios are taken round by round.
 
 Energy, `bitjax.bench.energy`, is that of the decode.
@@ -20,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -34,7 +34,7 @@ from bitjax import terminal
 from bitjax.api import load
 from bitjax.bench.ceilings import dot_peak, read_bandwidth, threads
 from bitjax.bench.energy import PackageMeter, modelled_joules
-from bitjax.bench.machine import machine
+from bitjax.bench.machine import machine, peak_resident
 from bitjax.bench.rivals import Rival
 from bitjax.config import CacheDType
 from bitjax.infer import Generator, SamplingParams
@@ -99,8 +99,10 @@ def bench_model(
             works[f"shared {B}"] = lambda B=B: _decode(
                 generator, B, BATCH_PROMPT, BATCH_DECODED, shared=True
             )
-        for work in works.values():
+        resident = {}  # the highest so far, before the limits are measured with arrays of their own
+        for name, work in works.items():
             work()  # compiles
+            resident[name] = peak_resident()
 
         rates: dict[str, list[float]] = {name: [] for name in works}
         theirs: dict[str, dict[str, list[float]]] = {
@@ -135,11 +137,7 @@ def bench_model(
             }
             for name, values in rates.items()
         }
-        energy = _energy(model, joules)
-        _print_table(
-            path, results, energy, theirs, statistics.median(read), statistics.median(peak), workers
-        )
-        document = {
+        document: dict[str, Any] = {
             **machine(),
             "threads": workers,
             "model": path.name,
@@ -147,13 +145,14 @@ def bench_model(
             "file_bytes": path.stat().st_size,
             "load_s": loaded,
             "first_token_s": first_token,
-            "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_resident_bytes": resident,
             "read_gb_per_s": [value / 1e9 for value in read],
             "peak_gop_per_s": [value / 1e9 for value in peak],
             "results": results,
-            "energy": energy,
+            "energy": _energy(model, joules),
             "rivals": theirs,
         }
+        _print_table(document)
         print(json.dumps(document))
         return document
 
@@ -259,33 +258,38 @@ def _ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
     return {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
 
 
-def _print_table(
-    path: Path,
-    results: dict[str, Any],
-    energy: dict[str, Any],
-    theirs: dict[str, Any],
-    read: float,
-    peak: float,
-    workers: int,
-) -> None:
+def _print_table(document: dict[str, Any]) -> None:
     rows = []
-    for name, r in results.items():
+    for name, r in document["results"].items():
         rows.append((
             name, "bitjax", f"{r['tokens_per_s']:.1f} ({r['slowest']:.1f}-{r['fastest']:.1f})",
             f"{r['of_limit']:.0%} of {r['limit']:.0f}",
         ))  # fmt: skip
         for rival, ratio in r["against"].items():
-            rate = statistics.median(theirs[rival][name])
+            rate = statistics.median(document["rivals"][rival][name])
             spread = "{median:.2f}x ({lowest:.2f}-{highest:.2f})".format(**ratio)
             rows.append(("", rival, f"{rate:.1f}", f"bitjax is {spread}"))
+    size = document["file_bytes"]
+    rows.append((
+        "load", "bitjax", f"{document['first_token_s']:.2f} s",
+        f"to the first token; file of {size / 1e9:.2f} GB",
+    ))  # fmt: skip
+    for name in dict.fromkeys(("decode", list(document["results"])[-1])):
+        peak = document["peak_resident_bytes"][name]
+        rows.append((
+            "memory", "bitjax", f"{peak / 1e9:.2f} GB",
+            f"peak up to {name}, {peak / size:.2f}x the file",
+        ))  # fmt: skip
+    energy = document["energy"]
     float16 = sum(energy["modelled_float16"].values()) / sum(energy["modelled"].values())
     rows.append((
         "energy", energy["source"], f"{energy['joules_per_token']:.3g} J a token",
         f"arithmetic: float16 takes {float16:.1f}x",
     ))  # fmt: skip
+    read, peak = (statistics.median(document[key]) for key in ("read_gb_per_s", "peak_gop_per_s"))
     terminal.table(
         ("work", "engine", "tokens/s", "limit, or ratio"),
         rows,
-        title=f"{path.name}, {workers} threads; memory reads {read / 1e9:.1f} GB/s, "
-        f"dot products {peak / 1e9:.0f} GOP/s",
+        title=f"{document['model']}, {document['threads']} threads; memory reads {read:.1f} GB/s, "
+        f"dot products {peak:.0f} GOP/s",
     )

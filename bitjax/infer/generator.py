@@ -1,9 +1,9 @@
 """Text generation: one prefill, then one compiled decode step reused for every token.
 
 Prompts are padded on the right to one of a few lengths, so that few prefill programs are ever
-compiled, and run together with others of that length; equal prompts of a batch are run once and
-their cache is copied. Each sequence has its own length and position. The KV cache is allocated once
-and donated from step to step.
+compiled, and run together with others of that length; a long one is run in pieces, one behind the
+other. Equal prompts of a batch are run once and their cache is copied. Each sequence has its own
+length and position. The KV cache is allocated once and donated from step to step.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from bitjax.infer.sampling import SamplingArrays, SamplingParams, exact_ranks, s
 from bitjax.infer.writer import TextWriter
 from bitjax.model import Cache, KVCache, Transformer
 
+Filled = tuple[Cache, jax.Array]  # of prompts: their cache, and their last hidden states [U, D]
 TokenStream = IteratorToClose[np.ndarray, None, None]  # int32 [B] a step
 SMALLEST_BUCKET = 16  # tokens; shorter prompts are padded to it
-PREFILL_TOKENS = 1024  # run at once, or one prompt: enough to hide reading the weights
+PREFILL_TOKENS = 1024  # run at once, at most: enough to hide reading the weights
 
 
 @jax.tree_util.register_dataclass
@@ -89,7 +90,7 @@ class Generator:
     Attributes:
         tokenizer: the model's.
         leaves, tree: the model, as `jax.tree.flatten` takes it apart.
-        empty, first, decode: compiled programs, which sessions use too.
+        empty, extend, first, decode: compiled programs, which sessions use too.
 
     Raises:
         ValueError: a vocabulary without all of the tokenizer's tokens.
@@ -108,6 +109,8 @@ class Generator:
         self.tree = tree
         self.empty = Program(functools.partial(_empty, model, cache_dtype), static=2)
         self._fill = Program(functools.partial(_fill, tree, cache_dtype), donate=0)
+        self.extend = Program(functools.partial(_extend, tree), donate=1)
+        self._place = Program(_place, donate=0)
         self._spread = Program(_spread)
         self.first = Program(functools.partial(_first, tree))
         self.decode = Program(functools.partial(_decode, tree), donate=1)
@@ -217,10 +220,12 @@ class Generator:
         config = self.config
         filled = sum(math.prod(x.shape) * x.dtype.itemsize
                      for x in jax.tree.leaves(self.empty.shapes(prompts, slots)))  # fmt: skip
-        together = min(prompts * bucket, max(PREFILL_TOKENS, bucket))
+        together = min(prompts * bucket, PREFILL_TOKENS)
         # A token's widest moment: gate and up, and the residual stream beside them; float32.
         activations = 4 * together * (2 * config.intermediate_size + 2 * config.hidden_size)
         copies = sequences / prompts if sequences > prompts else 0  # of the cache, see _spread
+        if prompts > 1 and bucket > PREFILL_TOKENS:
+            copies = max(copies, 1 / prompts)  # of one prompt's, see _place
         seen = sequences * config.vocab_size
         return int(filled * (1 + copies)) + seen + activations
 
@@ -244,8 +249,14 @@ class Generator:
             available_memory(),
         )
         filled = run(self.empty, len(unique), slots)
-        for row, tokens_NxT, lengths_N in _prefills(unique, limit):
+        short = sum(len(tokens) <= PREFILL_TOKENS for tokens in unique)
+        for row, tokens_NxT, lengths_N in _prefills(unique[:short], limit):
             filled = run(self._fill, filled, self.leaves, tokens_NxT, lengths_N, np.int32(row))
+        alone = len(unique) == 1
+        for row in range(short, len(unique)):
+            cache = filled[0] if alone else run(self.empty, 1, slots)[0]
+            one = self.extended(cache, unique[row], 0, run)
+            filled = one if alone else run(self._place, filled, one, np.int32(row))
         cache, hidden_UxD = filled
         rows = {tokens: row for row, tokens in enumerate(unique)}
         rows_B = np.array([rows[tuple(tokens)] for tokens in prompts], np.int32)
@@ -260,6 +271,28 @@ class Generator:
             self.first, self.leaves, hidden_UxD, rows_B, lengths_B, seen_BxV, settings
         )
         return drawn_B, DecodeState(cache, jnp.asarray(lengths_B), seen_BxV), settings
+
+    def extended(
+        self, cache: Cache, tokens: Sequence[int], first: int, run: Callable[..., Any]
+    ) -> Filled:
+        """Run tokens of one sequence, one or more, behind what its cache holds.
+
+        Args:
+            cache: of one sequence; donated.
+            tokens: run `PREFILL_TOKENS` at a time.
+            first: the slot of the first.
+            run: `Program.__call__`; or `Program.shapes`, which only compiles.
+        """
+        filled: Any = cache, None
+        for start in range(0, len(tokens), PREFILL_TOKENS):
+            piece = tokens[start : start + PREFILL_TOKENS]
+            padded_1xT = np.zeros((1, padded_length(len(piece))), np.int32)
+            padded_1xT[0, : len(piece)] = piece
+            filled = run(
+                self.extend, self.leaves, filled[0], padded_1xT, np.int32(first + start),
+                np.int32(len(piece)),
+            )  # fmt: skip
+        return filled
 
 
 class Stream:
@@ -323,9 +356,6 @@ def _prefills(
         first += count
 
 
-Filled = tuple[Cache, jax.Array]  # of every prompt: its cache, and the last hidden state [U, D]
-
-
 def _empty(model: Transformer, dtype: CacheDType | None, prompts: int, length: int) -> Filled:
     cache = model.empty_cache(prompts, length, dtype)
     return cache, jnp.zeros((prompts, model.config.hidden_size), model.dtype)
@@ -345,13 +375,38 @@ def _fill(
     N, T = tokens_NxT.shape
     positions_NxT = jnp.broadcast_to(jnp.arange(T), (N, T))
     hidden_NxTxD, cache = model.extend(tokens_NxT, positions_NxT, model.empty_cache(N, T, dtype))
+    assert cache is not None
     hidden_NxD = hidden_NxTxD[jnp.arange(N), lengths_N - 1]
+    return _place(filled, (cache, hidden_NxD), row)
+
+
+def _extend(
+    tree: Any,
+    leaves: list[Any],
+    cache: Cache,
+    tokens_1xT: jax.Array,
+    first: jax.Array,
+    count: jax.Array,
+) -> Filled:
+    """Run right-padded tokens from slot `first` on; the cache, and the last one's hidden state.
+
+    What padding writes behind them is written again before it is read.
+    """
+    model: Transformer = nnx.merge(*jax.tree.unflatten(tree, leaves))
+    positions_1xT = first + jnp.arange(tokens_1xT.shape[1])[None]
+    hidden_1xTxD, extended = model.extend(tokens_1xT, positions_1xT, cache)
+    assert extended is not None
+    return extended, jax.lax.dynamic_index_in_dim(hidden_1xTxD, count - 1, axis=1, keepdims=False)
+
+
+def _place(filled: Filled, some: Filled, row: jax.Array) -> Filled:
+    """What some prompts gave, as rows from `row` on of what all of them do."""
     return jax.tree.map(
         lambda whole, part: jax.lax.dynamic_update_slice(
             whole, part, (row, *[0] * (whole.ndim - 1))
         ),
         filled,
-        (cache, hidden_NxD),
+        some,
     )
 
 

@@ -7,27 +7,18 @@ rest is run as a prefill behind them.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from bitjax.infer.generator import (
-    PREFILL_TOKENS,
-    DecodeState,
-    Generator,
-    Stream,
-    TokenStream,
-    padded_length,
-)
+from bitjax.infer.generator import DecodeState, Generator, Stream, TokenStream, padded_length
 from bitjax.infer.memory import available_memory, require_memory
 from bitjax.infer.programs import Program
 from bitjax.infer.sampling import SamplingArrays, SamplingParams
-from bitjax.model import Cache, Transformer
+from bitjax.model import Cache
 
 
 class Session:
@@ -42,7 +33,6 @@ class Session:
         self._cache: Cache | None = None
         self._slots = 0
         self._held: list[int] = []  # tokens whose keys and values the cache has
-        self._extend = Program(functools.partial(_extend, generator.tree), donate=1)
         self._grow = Program(_grow, donate=1)
         self.reused = 0  # tokens of the last prompt that were not run
 
@@ -84,15 +74,7 @@ class Session:
         """Run what is new of the prompt and draw; or, with `Program.shapes`, only compile."""
         generator, limit = self._generator, self._generator.config.max_seq_len
         cache, kept = self._prepared(prompt, min(limit, len(prompt) + room), run)
-        hidden_1xD = None
-        for first in range(kept, len(prompt), PREFILL_TOKENS):
-            tokens = prompt[first : first + PREFILL_TOKENS]
-            padded_1xT = np.zeros((1, padded_length(len(tokens))), np.int32)
-            padded_1xT[0, : len(tokens)] = tokens
-            cache, hidden_1xD = run(
-                self._extend, generator.leaves, cache, padded_1xT, np.int32(first),
-                np.int32(len(tokens)),
-            )  # fmt: skip
+        cache, hidden_1xD = generator.extended(cache, prompt[kept:], kept, run)
         seen_1xV = np.zeros((1, generator.config.vocab_size), bool)
         seen_1xV[0, prompt] = True
         settings, length_1 = SamplingArrays.stack([params]), np.array([len(prompt)], np.int32)
@@ -120,7 +102,7 @@ class Session:
             slots = min(generator.config.max_seq_len, max(2 * slots, padded_length(needed)))
             require_memory(
                 f"a conversation of up to {slots} tokens",
-                generator.memory(1, 1, slots, min(padded_length(len(prompt)), PREFILL_TOKENS)),
+                generator.memory(1, 1, slots, padded_length(len(prompt))),
                 available_memory(),
             )
             empty, _ = run(generator.empty, 1, slots)
@@ -133,25 +115,6 @@ class Session:
             (i for i, (a, b) in enumerate(pairs) if a != b), min(len(held), len(prompt) - 1)
         )
         return cache, kept
-
-
-def _extend(
-    tree: Any,
-    leaves: list[Any],
-    cache: Cache,
-    tokens_1xT: jax.Array,
-    first: jax.Array,
-    count: jax.Array,
-) -> tuple[Cache, jax.Array]:
-    """Run right-padded tokens from slot `first` on; the cache, and the last one's hidden state.
-
-    What padding writes behind them is written again before it is read.
-    """
-    model: Transformer = nnx.merge(*jax.tree.unflatten(tree, leaves))
-    positions_1xT = first + jnp.arange(tokens_1xT.shape[1])[None]
-    hidden_1xTxD, extended = model.extend(tokens_1xT, positions_1xT, cache)
-    assert extended is not None
-    return extended, jax.lax.dynamic_index_in_dim(hidden_1xTxD, count - 1, axis=1, keepdims=False)
 
 
 def _grow(cache: Cache, empty: Cache) -> Cache:

@@ -167,6 +167,19 @@ def test_many_prompts_are_run_in_parts_of_one_size(monkeypatch):
     assert shapes == [(3, 16)] * 3
 
 
+@pytest.mark.parametrize("form", ["float", "packed"])
+def test_long_prompts_are_run_in_pieces(form, monkeypatch):
+    gen = Generator(tiny(form))
+    whole = gen.generate(PROMPTS, GREEDY)
+    monkeypatch.setattr("bitjax.infer.generator.PREFILL_TOKENS", 16)
+    shapes = counting_prefills(monkeypatch)
+    assert [what(c) for c in gen.generate(PROMPTS, GREEDY)] == [what(c) for c in whole]
+    assert shapes == [(1, 16)] * (4 + 2 + 2)  # of 17 and 24 bytes in two pieces each
+    shapes.clear()
+    assert what(gen.generate(["x" * 24], GREEDY)[0]) == what(whole[-1])
+    assert shapes == [(1, 16)] * 2
+
+
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=40))
 def test_every_prompt_is_run_and_little_besides(lengths):
     prompts = sorted(

@@ -61,7 +61,7 @@ def test_the_same_prompt_again_and_a_shorter_one(generator):
 
 
 def test_long_prompts_come_in_parts(generator, monkeypatch):
-    monkeypatch.setattr(session, "PREFILL_TOKENS", 16)
+    monkeypatch.setattr("bitjax.infer.generator.PREFILL_TOKENS", 16)
     running, prompt = Session(generator), list(range(40))
     assert drawn(running, prompt) == from_scratch(generator, prompt)
     longer = [*prompt, *range(20)]
@@ -113,14 +113,14 @@ def test_an_interrupted_step_starts_afresh(generator, monkeypatch):
 def test_compiling_changes_nothing(generator):
     running, prompt = Session(generator), list(b"a question")
     running.compile(prompt, GREEDY)
-    programs = len(generator.decode), len(running._extend)
+    programs = len(generator.decode), len(generator.extend)
     answer = drawn(running, prompt)
     assert answer == from_scratch(generator, prompt)
     again = [*prompt, *answer, 3]
     running.compile(again, GREEDY)
     drawn(running, again)
     assert running.reused == len(prompt) + 5
-    assert programs[1] == len(running._extend)
+    assert programs[1] == len(generator.extend)
 
 
 def test_memory_is_asked_for(generator, monkeypatch):
