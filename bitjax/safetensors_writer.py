@@ -94,3 +94,7 @@ def write_safetensors(
                 )
         file.flush()
         os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            # Out of the page cache, which holds it in pieces as small as they were written: whoever
+            # maps the file gets large pages only where it is read anew.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

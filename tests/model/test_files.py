@@ -3,9 +3,11 @@
 import dataclasses
 import itertools
 import json
+import mmap
 import os
 import random
 import re
+from pathlib import Path
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -252,10 +254,17 @@ def test_tensors_of_whole_cache_lines_are_aligned_in_the_file(packed_file):
 
 
 def mapped_ranges(path):
-    """Address ranges of this process that map the file."""
-    with open("/proc/self/maps") as maps:
-        lines = [line.split() for line in maps if line.rstrip().endswith(str(path.resolve()))]
-    return [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
+    """Address ranges of this process that map the file: (first, last, flags of the mapping)."""
+    text = Path("/proc/self/smaps").read_text()
+    blocks = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", text)
+    ours = [block for block in blocks if block.partition("\n")[0].endswith(str(path.resolve()))]
+    return [
+        (
+            *(int(end, 16) for end in block.split()[0].split("-")),
+            re.search(r"VmFlags: (.*)", block)[1].split(),
+        )
+        for block in ours
+    ]
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux's /proc")
@@ -279,13 +288,45 @@ def test_large_tensors_stay_in_the_mapped_file(packed, tmp_path, form, check):
         arrays += [("screen.int4", model.screen.get_value().weights.codes)]
     ranges = mapped_ranges(path)
     assert ranges
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))  # one map
     header, _, start = read_raw(path)
     for name, array in arrays:
         pointer = array.unsafe_buffer_pointer()
         assert pointer % 64 == 0, name
-        inside = [r for r in ranges if r[0] <= pointer and pointer + array.nbytes <= r[1]]
-        assert inside, f"{name} was copied"
-        assert pointer - inside[0][0] == start + header[name]["data_offsets"][0], name
+        assert pointer - ranges[0][0] == start + header[name]["data_offsets"][0], name
+
+
+@pytest.mark.skipif(
+    not os.path.exists("/sys/kernel/mm/transparent_hugepage"), reason="needs Linux's large pages"
+)
+@pytest.mark.parametrize(
+    ("tied", "tables", "by_rows"),
+    [
+        (True, "bfloat16", set()),
+        (True, "screened", {"embedding"}),
+        (False, "screened", {"embedding", "head"}),
+        (False, "bfloat16", {"embedding"}),
+        (True, "int4", set()),
+    ],
+)
+def test_large_pages_are_asked_for_what_every_token_reads(tmp_path, tied, tables, by_rows):
+    path = tmp_path / "model.safetensors"
+    model = tiny_model(hidden_size=128, vocab_size=1000, intermediate_size=500, tie_embeddings=tied)
+    save_model(path, pack_model(model, tables=tables))
+    loaded = load_model(path)
+    ranges = mapped_ranges(path)
+    header, _, start = read_raw(path)
+    seen = set()
+    for name, entry in header.items():
+        first, last = entry["data_offsets"] if name != "__metadata__" else (0, 0)
+        if last - first < 3 * mmap.PAGESIZE:
+            continue
+        middle = ranges[0][0] + start + (first + last) // 2
+        (flags,) = [flags for begin, end, flags in ranges if begin <= middle < end]
+        assert ("hg" in flags) == (name not in by_rows), name
+        seen.add(name)
+    assert by_rows < seen
+    del loaded
 
 
 def test_a_file_of_another_writer_loads_whatever_its_alignment(packed, packed_file, tmp_path):
