@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bitjax.scaling.ensemble import Ensemble
-from bitjax.scaling.predict import TERNARY_BITS, TOKENS_PER_PARAMETER
+from bitjax.scaling.predict import TOKENS_PER_PARAMETER
 from bitjax.scaling.published import points
 from bitjax.scaling.runs import Runs
 from bitjax.scaling.shapes import (
+    INT4_BITS,
     INT8_ACTIVATIONS,
-    STORED_BITS,
     VOCABULARY,
     model_bytes,
+    stored_bits,
     token_joules,
 )
 
@@ -183,13 +184,12 @@ def _memory(
     """Loss over bytes of weights and embedding."""
     grid = np.geomspace(runs.N.min(), BEYOND, POINTS)
     for arm, style in styles.items():
-        widths = TERNARY_BITS if arm == "ternary" else (STORED_BITS.get(arm, 16.0),)
         losses = ensemble.losses(grid, ratio * grid, arm)
-        for k, bits in enumerate(widths):
+        for k, bits in enumerate(stored_bits(arm)):
             weights = [model_bytes(N, bits, vocabulary) for N in grid]
             _curve(axes, weights, losses, style, f"{arm}, {bits:g} bits", 1.4 - 0.7 * k)
         if arm == "float" and "ptq_int4" not in styles:
-            weights = [model_bytes(N, STORED_BITS["ptq_int4"], vocabulary) for N in grid]
+            weights = [model_bytes(N, INT4_BITS, vocabulary) for N in grid]
             rounded = Style((0, (1, 1)), "", "0.3")
             _curve(axes, weights, losses, rounded, "float in 4 bits, were nothing lost", 1.4, False)
     axes.set(xlabel="bytes of weights and embedding", **_frontier(ratio))

@@ -11,13 +11,12 @@ import numpy as np
 
 from bitjax.config.prices import Prices
 from bitjax.scaling.ensemble import CONFIDENCE, Ensemble, Estimate, estimates
-from bitjax.scaling.shapes import STORED_BITS, TABLE_BITS, VOCABULARY, model_bytes
+from bitjax.scaling.shapes import INT4_BITS, TABLE_BITS, VOCABULARY, model_bytes, stored_bits
 
 SIZES = (1e9, 7e9, 13e9, 70e9, 100e9)
 TOKENS_PER_PARAMETER = 20.0  # about compute-optimal (Hoffmann et al., arXiv 2203.15556)
 TOLERANCE = 0.01  # nats per token: about what two seeds differ by
-RIVAL_BITS = {"bf16": 16.0, "int4": STORED_BITS["ptq_int4"]}
-TERNARY_BITS = (1.6, 2.0)
+RIVAL_BITS = {"bf16": 16.0, "int4": INT4_BITS}
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def predict(
             ensemble.parameters_for(ensemble.losses(N, d, "ptq_int4"), d, arm) / np.asarray(N)
             if has else factor
         )  # fmt: skip
-        for own_bits in TERNARY_BITS if "ternary" in arm else (STORED_BITS.get(arm, 16.0),):
+        for own_bits in stored_bits(arm):
             memory[rival, own_bits] = estimates(
                 _memory(np.asarray(N), needed, own_bits, bits, vocabulary)
             )
@@ -168,7 +167,7 @@ def costs(
         found.append(
             Cost(
                 float(n), float(d), flops, hours, hours * prices.dollars_per_hour,
-                model_bytes(n, STORED_BITS.get(arm, 16.0), vocabulary),
+                model_bytes(n, stored_bits(arm)[0], vocabulary),
                 outcome(_left(goal, gaps[1:, i : i + 1], noise)),
             )
         )  # fmt: skip

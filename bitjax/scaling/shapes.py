@@ -22,12 +22,7 @@ SHAPES = ("b1.58-700m", "b1.58-1.3b", "b1.58-3b", "7b", "13b", "30b", "70b")
 VOCABULARY = 32_000  # of these shapes
 CONTEXT = 2048  # positions that attention reads
 TABLE_BITS = 16.0  # bfloat16 embedding and head
-# Bits that a weight takes where the model runs: arrays of bytes, not entropy.
-STORED_BITS = {
-    "float": 16.0, "ternary": 1.6, "binary": 1.0, "ternary_float_activations": 1.6,
-    "continual": 1.6, "ptq_ternary": 1.6, "ptq_int8": 8.0,
-    "ptq_int4": 4.5,  # groups of 32 with a scale of 16 bits
-}  # fmt: skip
+INT4_BITS = 4.5  # groups of 32 with a scale of 16 bits
 INT8_ACTIVATIONS = tuple(name for name, arm in ARMS.items() if arm.activations == "int8")
 
 
@@ -53,6 +48,20 @@ class Shape:
         h = math.exp(log_h)
         F = 8 / 3 * h
         return cls(h, F, N / (4 * h * h + 3 * h * F))
+
+
+def stored_bits(arm: str) -> tuple[float, ...]:
+    """Bits of a weight where the model runs (arrays of bytes, not entropy), the fewest first.
+
+    Args:
+        arm: one that is not in `ARMS` is taken for 16-bit floats.
+    """
+    known = ARMS.get(arm)
+    if known is None or (known.weights == "float" and known.rounded == ""):
+        return (16.0,)
+    if known.rounded in ("int8", "int4"):
+        return (8.0 if known.rounded == "int8" else INT4_BITS,)
+    return (1.0,) if known.weights == "binary" else (1.6, 2.0)
 
 
 def _published() -> tuple[np.ndarray, np.ndarray]:

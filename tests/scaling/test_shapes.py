@@ -10,9 +10,9 @@ from bitjax.scaling.arms import ARMS, non_embedding
 from bitjax.scaling.shapes import (
     INT8_ACTIVATIONS,
     SHAPES,
-    STORED_BITS,
     Shape,
     model_bytes,
+    stored_bits,
     token_joules,
 )
 
@@ -35,7 +35,11 @@ def test_parameters_add_up_at_any_size():
 
 
 def test_every_arm_has_its_bits():
-    assert set(STORED_BITS) == set(ARMS)
+    assert {arm: stored_bits(arm) for arm in (*ARMS, "of another table")} == {
+        "ternary": (1.6, 2), "float": (16,), "binary": (1,), "ternary_float_activations": (1.6, 2),
+        "continual": (1.6, 2), "ptq_ternary": (1.6, 2), "ptq_int8": (8,), "ptq_int4": (4.5,),
+        "of another table": (16,),
+    }  # fmt: skip
     assert INT8_ACTIVATIONS == ("ternary", "binary", "continual", "ptq_ternary")
 
 
