@@ -56,10 +56,11 @@ def run_plan(
         Interrupted: SIGINT or SIGTERM; everything is saved.
     """
     slots = shares(jobs)
+    recorder = Recorder(plan, data, directory)  # before anything is written
     directory.mkdir(parents=True, exist_ok=True)
     try:
         with locked(directory / "run.lock", wait=False), interruptible() as stopped:
-            _Study(plan, data, directory, say, retry).go(slots, stopped)
+            _Study(plan, recorder, directory, say, retry).go(slots, stopped)
     except BlockingIOError:
         raise ValueError(f"another `bitjax scale run` is at work in {directory}") from None
 
@@ -67,9 +68,11 @@ def run_plan(
 class _Study:
     """A plan under way in one directory."""
 
-    def __init__(self, plan: Plan, data: str, directory: Path, say: Say, retry: bool) -> None:
+    def __init__(
+        self, plan: Plan, recorder: Recorder, directory: Path, say: Say, retry: bool
+    ) -> None:
         self._plan, self._directory, self._say, self._retry = plan, directory, say, retry
-        self._recorder = Recorder(plan, data, directory)
+        self._recorder = recorder
         self._by_name = {run.run: run for run in plan.runs}
         self._table = directory / "table.csv"
         self._rows = read_table(self._table) if self._table.exists() else []

@@ -168,6 +168,7 @@ def test_another_corpus_is_refused(pretended, data, tmp_path):
         file.write(b"x")
     with pytest.raises(ValueError, match=r"text.txt is not the plan's corpus 'letters': its data "):
         go(plan, data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_table_is_one_sentence(pretended, data, tmp_path):
