@@ -34,7 +34,7 @@ void column_product(const uint8_t* tile, int64_t k, const SparseRow& x, int32_t*
       const int64_t input = j < x.count       ? x.input[j]
                             : j < 2 * x.count ? k + x.input[j - x.count]
                                               : 0;
-      __builtin_prefetch(tile + input * kColumnBytes);
+      prefetch_once(tile + input * kColumnBytes);
     }
     typename Isa::Bytes c[4];
     for (int j = 0; j < 4; ++j) c[j] = Isa::load(tile + x.input[i + j] * kColumnBytes);

@@ -135,7 +135,7 @@ void masked_rows(const PackedRows& w, const FewActivations& x, int32_t* out, int
         for (int i = 0; i < M; ++i)
           for (int s = 0; s < P; ++s) acc[h][i][s] = Isa::splat32(0);
       for (int64_t kb = 0; kb < w.input_blocks; ++kb) {
-        __builtin_prefetch(codes + kb * kBlockBytes + kPrefetchBytes);
+        prefetch_once(codes + kb * kBlockBytes + kPrefetchBytes);
         Bytes plane[H][P];
         for (int h = 0; h < H; ++h)
           Lay::scaled(Isa::load(codes + kb * kBlockBytes + (v + h) * Isa::kLanes * kLaneBytes),
@@ -226,7 +226,7 @@ void paired_row(const PackedRows& w, const FewActivations& x, int32_t* out) {
       for (int h = 0; h < H; ++h)
         for (int odd = 0; odd < 2; ++odd) narrow[h][odd] = Dot::none();
       for (int64_t kb = first; kb < first + blocks; ++kb) {
-        __builtin_prefetch(codes + kb * kBlockBytes + kPrefetchBytes);
+        prefetch_once(codes + kb * kBlockBytes + kPrefetchBytes);
         const int8_t* a = x.q + kb * P * kLaneBytes;
         for (int h = 0; h < H; ++h) {
           Lay::paired(Isa::load(codes + kb * kBlockBytes + h * Isa::kLanes * kLaneBytes),
@@ -286,7 +286,8 @@ void grouped_rows(const PackedRows& w, const FewActivations& x, int32_t* out, in
         }
         for (int b = 0; b < kSpec.group_blocks; ++b) {
           const int64_t kb = g * kSpec.group_blocks + b;
-          __builtin_prefetch(codes + kb * kBlockBytes + kPrefetchBytes);
+          // Of several rows the next pass meets the same codes.
+          __builtin_prefetch(codes + kb * kBlockBytes + kPrefetchBytes, 0, M == 1 ? 0 : 3);
           const int8_t* a = x.q + kb * P * kLaneBytes;
           for (int h = 0; h < H; ++h) {
             Bytes plane[P];

@@ -52,8 +52,8 @@ class Part:
 
 
 PARTS = (
-    Part("two threads", "2b", "--prompt 128 512 --context 4096 --batch", ONE),
-    Part("with columns", "2b-columns", "--prompt --context --batch", ONE[:4]),
+    Part("two threads", "2b-columns", "--prompt 128 512 --context 4096 --batch", ONE),
+    Part("without columns", "2b", "--prompt --context --batch", ONE[:4]),
     Part("one thread", "2b", "--threads 1 --prompt 128 512 --context --batch", ("ik R4",)),
     Part("one thread, prompts of 128", "2b", "--threads 1 --prompt 128 --context --batch",
          ("bitnet.cpp", "ik IQ2_BN")),
