@@ -284,8 +284,9 @@ class Rows<int8_t, M> {
 
   // A function of its own, and its last loops unrolled: otherwise GCC 12 keeps the sums in memory.
   template <int V>
-  __attribute__((noinline)) void mix_vectors(const int8_t* values, const int8_t* ahead, const int16_t (*codes)[kStepSlots],
-                   const float* step, float* out) const {
+  __attribute__((noinline)) void mix_vectors(const int8_t* values, const int8_t* ahead,
+                                             const int16_t (*codes)[kStepSlots],
+                                             const float* step, float* out) const {
     Ints16 acc[M][V] = {};
     for (int s = 0; s < kStepSlots; s += 2) {
       Shorts32 value[V];

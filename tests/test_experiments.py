@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,16 @@ def test_what_scripts_take_from_bitjax_is_there(path):
     assert [
         (of, name) for of, name in used if of in modules and not hasattr(modules[of], name)
     ] == []
+
+
+def test_the_table_of_speeds_is_that_of_its_results():
+    folder = FOLDER / "inference_limit"
+    spec = importlib.util.spec_from_file_location("inference_limit", folder / "run.py")
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script  # dataclasses look their module up
+    spec.loader.exec_module(script)
+    made = script.table(json.loads((folder / "results.json").read_text()))
+    assert f"{script.START}\n{made}\n{script.END}" in (folder / "README.md").read_text()
 
 
 def test_wikipedias_tables_after_the_first_arm(tmp_path, monkeypatch):

@@ -275,10 +275,10 @@ def _print_table(document: dict[str, Any]) -> None:
         f"to the first token; file of {size / 1e9:.2f} GB",
     ))  # fmt: skip
     for name in dict.fromkeys(("decode", list(document["results"])[-1])):
-        peak = document["peak_resident_bytes"][name]
+        resident = document["peak_resident_bytes"][name]
         rows.append((
-            "memory", "bitjax", f"{peak / 1e9:.2f} GB",
-            f"peak up to {name}, {peak / size:.2f}x the file",
+            "memory", "bitjax", f"{resident / 1e9:.2f} GB",
+            f"peak up to {name}, {resident / size:.2f}x the file",
         ))  # fmt: skip
     energy = document["energy"]
     float16 = sum(energy["modelled_float16"].values()) / sum(energy["modelled"].values())

@@ -360,9 +360,14 @@ def _mapped(path: Path, header: dict[str, Any], start: int) -> np.ndarray:
         headed = any(name.partition(".")[0] == "head" for name in header)
         by_rows = TABLES if screened else TABLES[:1] if headed else ()
         first = 0
-        for table in sorted(header[name]["data_offsets"] for name in by_rows if name in header):
-            _ask_for_large_pages(mapped, first, start + table[0])
-            first = start + table[1]
+        tables = [
+            entry["data_offsets"]
+            for name, entry in header.items()
+            if name.partition(".")[0] in by_rows
+        ]
+        for begin, end in sorted(tables):
+            _ask_for_large_pages(mapped, first, start + begin)
+            first = start + end
         _ask_for_large_pages(mapped, first, len(mapped))
     return np.frombuffer(mapped, np.uint8)
 
