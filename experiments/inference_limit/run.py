@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bitjax.bench.rivals import Rival
 from bitjax.cli import main as bitjax
 from bitjax.replacing import replace_text
 
@@ -81,7 +82,7 @@ def measure(part: Part, models: Path, engines: dict[str, str]) -> dict[str, Any]
     command += [*part.options.split(), "--cache", "int8", "--rounds", "1"]
     for name in part.engines:
         if name in engines:
-            command += ["--against", f"{name}={engines[name]}"]
+            command += ["--against", engines[name]]
     environment = os.environ | ({"BITJAX_KERNEL": part.kernel} if part.kernel else {})
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -103,11 +104,12 @@ def table(rounds: list[dict[str, Any]]) -> str:
             # Of the highest limit of all rounds: a moment's noise makes one too low.
             share = f"{statistics.median(ours) / max(r['limit'] for r in results):.0%}"
             others = []
-            for engine in of_part[0]["rivals"]:
-                rates = [rate for document in of_part for rate in document["rivals"][engine][work]]
-                if len(rates) == len(ours):
-                    ratios = [a / b for a, b in zip(ours, rates, strict=True)]
-                    others.append((statistics.median(rates), engine, spread(ratios, "{:.2f}x")))
+            for engine in part.engines:
+                theirs = [document["rivals"].get(engine, {}).get(work, []) for document in of_part]
+                both = [(a, *b) for a, b in zip(ours, theirs, strict=True) if b]
+                if both:
+                    ratios = spread([a / b for a, b in both], "{:.2f}x")
+                    others.append((statistics.median(b for _, b in both), engine, ratios))
             cells = "; ".join(f"{e} {rate:.0f}: {ratio}" for rate, e, ratio in sorted(others)[::-1])
             lines.append(f"| {part.name}: {work} | {spread(ours, '{:.3g}')} | {share} | {cells} |")
         first = statistics.median(document["first_token_s"] for document in of_part)
@@ -142,11 +144,14 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", default=[p.name for p in PARTS], metavar="PART")
     parser.add_argument("--fresh", action="store_true")
     arguments = parser.parse_args()
-    engines = dict(text.split("=", 1) for text in arguments.engine)
+    try:
+        engines = {Rival.parse(text).name: text for text in arguments.engine}
+    except ValueError as error:
+        parser.error(str(error).replace("--against", "--engine"))
     if unknown := [name for name in engines if name not in ONE]:
         parser.error(f"no part has an engine {unknown[0]!r}; those known: {', '.join(ONE)}")
     if unknown := set(arguments.parts) - {part.name for part in PARTS}:
-        parser.error(f"no part {min(unknown)!r}; there are: {', '.join(p.name for p in PARTS)}")
+        parser.error(f"no part {min(unknown)!r}; there are: {'; '.join(p.name for p in PARTS)}")
     parts = [part for part in PARTS if part.name in arguments.parts]
     arguments.models.mkdir(parents=True, exist_ok=True)
     for name in dict.fromkeys(part.model for part in parts):
@@ -160,7 +165,10 @@ def main() -> int:
             if number >= part.rounds or sum(r["part"] == part.name for r in rounds) > number:
                 continue
             print(f"round {number + 1} of {arguments.rounds}: {part.name}", flush=True)
-            document = measure(part, arguments.models, engines)
+            try:
+                document = measure(part, arguments.models, engines)
+            except subprocess.CalledProcessError as error:  # which has said why
+                return error.returncode
             rounds.append({"part": part.name, "document": document})
             replace_text(store, json.dumps(rounds, indent=1) + "\n")
     made = table(rounds)
