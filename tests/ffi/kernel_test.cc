@@ -966,12 +966,20 @@ class TestPool {
   }
   int64_t num_threads() const { return threads_; }
   size_t scheduled() const { return scheduled_; }
+  // Waits for threads that have not ended, or not even begun.
+  void rest() const {
+    while (ended_ != running_.size()) std::this_thread::yield();
+  }
   template <typename F>
   void Schedule(F task) {
     if (scheduled_++ == 1 && when_ == When::kThrows) throw std::bad_alloc();
     if (when_ == When::kInline) task();
     if (when_ == When::kLater) later_.emplace_back(task);
-    if (when_ == When::kThread || when_ == When::kThrows) running_.emplace_back(task);
+    if (when_ == When::kThread || when_ == When::kThrows)
+      running_.emplace_back([this, task] {
+        task();
+        ++ended_;
+      });
   }
 
  private:
@@ -979,6 +987,7 @@ class TestPool {
   int64_t threads_;
   size_t scheduled_ = 0;
   std::vector<std::function<void()>> later_;
+  std::atomic<size_t> ended_{0};
   std::vector<std::thread> running_;
 };
 
@@ -1019,9 +1028,6 @@ void test_loop_waits() {
 // Loops that follow each other are served by helpers that stand by; the pool is asked only for those
 // that are missing.
 void test_standby() {
-  const auto idle = [] {
-    while (standby().helpers() != 0) std::this_thread::yield();
-  };
   const auto run = [](TestPool& pool, int64_t chunks) {
     std::vector<std::atomic<int>> seen(static_cast<size_t>(chunks));
     parallel_for(pool, chunks, [&](int64_t chunk) { ++seen[static_cast<size_t>(chunk)]; });
@@ -1029,19 +1035,18 @@ void test_standby() {
       if (count != 1) return false;
     return true;
   };
-  idle();
   TestPool pool(TestPool::When::kThread, 3);
   bool once = true;
   for (int i = 0; i < 1000; ++i) once &= run(pool, 1 + i % 40);
   check(once, "standby: every chunk once, loop after loop");
+  pool.rest();
   const size_t before = pool.scheduled();
-  idle();
   once = run(pool, 40);
   check(once && pool.scheduled() == before + 2, "standby: the pool is asked again after a pause");
 
   bool asked = true;
   for (int attempt = 0; attempt < 100 && asked; ++attempt) {  // this thread may be held up
-    idle();
+    pool.rest();
     run(pool, 40);
     for (int i = 0; i < 1000000 && standby().helpers() != 2; ++i) spin_pause();
     const size_t now = pool.scheduled();
