@@ -554,7 +554,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         if rivals:
             raise ValueError("--against compares models; give ours as well")
         rows, cols = arguments.shape
-        bench_kernels(rows, cols, arguments.rows, arguments.layouts)
+        bench_kernels(rows, cols, arguments.rows, arguments.layouts, arguments.threads)
     elif arguments.rounds < 1 or min((1, *arguments.prompt, *arguments.batch)) < 1:
         raise ValueError("rounds, prompt lengths and batch sizes must be 1 or more")
     else:

@@ -186,8 +186,12 @@ def test_inspect_counts_the_bits_of_a_float_file(trained, capsys):
 
 def test_bench_prints_a_table_and_json(capsys, monkeypatch):
     small_measurements(monkeypatch)
-    assert run("bench", "--shape", 64, 96, "--rows", 1, 3, "--layouts", "int4", "int8") == 0
+    ffi.set_threads(7)
+    assert run("bench", "--shape", 64, 96, "--rows", 1, 3, "--layouts", "int4", "int8",
+               "--threads", 1) == 0  # fmt: skip
     document = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert ffi.set_threads(None) == 7  # the benchmark's limit ends with it
+    assert document["threads"] == 1
     assert document["shape"] == [64, 96]
     measured = [(r["kernel"], r["layout"], r["rows"]) for r in document["results"]]
     assert sorted(measured) == sorted(

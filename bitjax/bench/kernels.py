@@ -7,6 +7,7 @@ together exceed the last-level cache, as the layers of a large model are.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -29,9 +30,19 @@ REPEATS = 7  # timed passes over the cycle; the median is reported
 
 
 def bench_kernels(
-    rows: int, cols: int, batch_sizes: Sequence[int], layouts: Sequence[LayoutName]
+    rows: int,
+    cols: int,
+    batch_sizes: Sequence[int],
+    layouts: Sequence[LayoutName],
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Print one table row per layout, kernel and batch size; the same as one line of JSON.
+
+    Args:
+        rows, cols: output and input features.
+        batch_sizes: rows of activations.
+        layouts: of the weights.
+        workers: threads; all that this process may use if None.
 
     Raises:
         ValueError: a size below 1.
@@ -40,11 +51,14 @@ def bench_kernels(
     if min(rows, cols, *batch_sizes) < 1:
         raise ValueError(f"sizes must be 1 or more; got {rows} x {cols}, rows {batch_sizes}")
     results = []
-    bandwidth = read_bandwidth(threads())
-    for kernel in ffi.kernels():
-        ffi.force_kernel(kernel)
-        try:
-            peak = dot_peak(threads())
+    with contextlib.ExitStack() as stack:
+        stack.callback(ffi.set_threads, ffi.set_threads(workers))
+        stack.callback(ffi.force_kernel, None)
+        workers = workers or threads()
+        bandwidth = read_bandwidth(workers)
+        for kernel in ffi.kernels():
+            ffi.force_kernel(kernel)
+            peak = dot_peak(workers)
             for layout in layouts:
                 weights = _weights(rows, cols, layout)
                 results += [
@@ -52,8 +66,6 @@ def bench_kernels(
                     for m in batch_sizes
                     if kernel != "scalar" or m <= SCALAR_ROWS
                 ]
-        finally:
-            ffi.force_kernel(None)
     terminal.table(
         ("kernel", "layout", "rows", "us", "GB/s", "GOP/s"),
         [
@@ -67,11 +79,12 @@ def bench_kernels(
             )
             for r in results
         ],
-        title=f"{rows} x {cols} weights, {threads()} threads; "
+        title=f"{rows} x {cols} weights, {workers} threads; "
         f"memory reads {bandwidth / 1e9:.1f} GB/s",
     )
     document = {
         **machine(),
+        "threads": workers,
         "shape": [rows, cols],
         "read_gb_per_s": bandwidth / 1e9,
         "results": results,
