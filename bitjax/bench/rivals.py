@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -68,11 +68,10 @@ class Rival:
         command = [str(self.program), "-m", str(self.model), "-t", str(threads), *sizes,
                    "-r", "1", "-o", "json", *self.flags]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        try:
-            return float(json.loads(done.stdout)[-1]["avg_ts"])
-        except (ValueError, LookupError, TypeError):
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ValueError(f"{' '.join(command)} failed: {last}") from None
+        rate = bench_rate(done.stdout)
+        if rate is None:
+            raise _failed(command, done)
+        return rate
 
     def _measure_batch(
         self, sequences: int, shared: bool, threads: int, prompt: int, decoded: int
@@ -94,9 +93,19 @@ class Rival:
         # ik_llama.cpp prints its table to the standard error.
         rate = batched_rate(f"{done.stdout}\n{done.stderr}", sequences)
         if rate is None:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ValueError(f"{' '.join(command)} failed: {last}")
+            raise _failed(command, done)
         return rate
+
+
+def _failed(command: list[str], done: subprocess.CompletedProcess[str]) -> ValueError:
+    last = (done.stderr.strip().splitlines() or [f"no message, exit code {done.returncode}"])[-1]
+    return ValueError(f"{' '.join(command)} failed: {last}")
+
+
+def bench_rate(text: str) -> float | None:
+    """Tokens per second from llama-bench's JSON, between whose lines ik_llama.cpp prints warnings."""
+    rates = re.findall(r'"avg_ts": *([0-9]+(?:\.[0-9]+)?)', text)
+    return float(rates[-1]) if rates else None
 
 
 def batched_rate(text: str, sequences: int) -> float | None:

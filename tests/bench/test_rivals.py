@@ -1,8 +1,8 @@
-"""What three engines' llama-batched-bench print, as recorded."""
+"""What other engines' llama-bench and llama-batched-bench print, as recorded."""
 
 import pytest
 
-from bitjax.bench.rivals import batched_rate
+from bitjax.bench.rivals import batched_rate, bench_rate
 
 HEADER = """\
 |    PP |     TG |    B |   N_KV |   T_PP s | S_PP t/s |   T_TG s | S_TG t/s |      T s |    S t/s |
@@ -58,3 +58,21 @@ def test_no_such_row(text):
 
 def test_another_number_of_sequences():
     assert batched_rate(BITNET, 4) is None
+
+
+def test_llama_bench():
+    recorded = """\
+[
+WARNING: Behavior may be unexpected when allocating 0 bytes for ggml_calloc!
+  {
+    "n_gen": 64,
+    "avg_ns": 2345484820,
+    "avg_ts": 27.286469,
+    "stddev_ts": 0.000000,
+    "samples_ts": [ 27.2865 ]
+  }
+]
+"""
+    assert bench_rate(recorded) == 27.286469
+    assert bench_rate('[{"avg_ts": 8}]') == 8
+    assert bench_rate("[\n]\n") is None
