@@ -103,7 +103,7 @@ def _failed(command: list[str], done: subprocess.CompletedProcess[str]) -> Value
 
 
 def bench_rate(text: str) -> float | None:
-    """Tokens per second from llama-bench's JSON, between whose lines ik_llama.cpp prints warnings."""
+    """Tokens per second from llama-bench's JSON; ik_llama.cpp prints warnings between its lines."""
     rates = re.findall(r'"avg_ts": *([0-9]+(?:\.[0-9]+)?)', text)
     return float(rates[-1]) if rates else None
 
