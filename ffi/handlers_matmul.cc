@@ -23,6 +23,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <initializer_list>
 #include <limits>
@@ -35,6 +36,7 @@
 
 #include "dispatch.h"
 #include "epilogue.h"
+#include "form_times.h"
 #include "handler_common.h"
 #include "kernel.h"
 #include "parallel.h"
@@ -67,10 +69,6 @@ constexpr int64_t kManyBlocks = 64 * kStreamBlocks;
 // Inputs of an unpacked panel: 32 KiB with the widest, which then stays in the first-level cache
 // (48 KiB on Zen 5 and Intel's, 32 KiB on Zen 4) or close to it while all rows pass.
 constexpr int64_t kPanelInputs = 512;
-
-// Share of non-zero activations up to which columns are read instead of rows: from memory, a third of
-// the lines takes three fifths of the time of all, and a half as long as all.
-constexpr double kSparseShare = 0.4;
 
 // Activations whose sum is kept, for int4.
 constexpr int64_t kGroupInputs =
@@ -457,6 +455,41 @@ struct Product {
   }
 };
 
+// Of a ternary matrix; no two share one.
+uint64_t shape_key(const Plan& plan) {
+  static_assert(max_inputs(Layout::kTernary2) < 1 << 20 && max_inputs(Layout::kTernary16) < 1 << 20,
+                "inputs fit 20 bits");
+  return static_cast<uint64_t>(plan.n) << 22 | static_cast<uint64_t>(plan.k) << 2 |
+         static_cast<uint64_t>(plan.layout);
+}
+
+FormTimesByShape form_times;
+
+// The only row of activations with a matrix that is there by columns as well. `each` runs tiles,
+// `by_rows` the whole product.
+template <typename X, typename Y, typename Each, typename ByRows>
+void run_row(const Product<X, Y>& product, const Each& each, const ByRows& by_rows) {
+  const Plan& plan = product.plan;
+  const auto room = static_cast<size_t>(plan.k_padded());
+  const std::unique_ptr<int32_t[]> input(new int32_t[room]);
+  const std::unique_ptr<int8_t[]> value(new int8_t[room]);
+  const int64_t count = product.kernel.find_nonzero(product.a.q.get(), plan.k_padded(), input.get(),
+                                                    value.get());
+  const auto by_columns = [&] {
+    const SparseRow x{input.get(), value.get(), (count + 3) / 4 * 4};
+    each(column_tiles_of(plan.layout, plan.n), [&](int64_t tile) { product.sparse_row(x, tile); });
+  };
+  const double share = static_cast<double>(count) / static_cast<double>(plan.k);
+  if (share <= kSurelyColumns) return by_columns();
+  if (share > kSurelyRows) return by_rows();
+  FormTimes& times = form_times[shape_key(plan)];
+  const bool columns = times.by_columns(count);
+  const auto started = std::chrono::steady_clock::now();
+  columns ? by_columns() : by_rows();
+  const std::chrono::duration<float, std::nano> time = std::chrono::steady_clock::now() - started;
+  times.took(columns, count, time.count());
+}
+
 template <typename X, typename Y>
 void run(ffi::ThreadPool pool, const Plan& plan, const Data<X, Y>& data) {
   const Kernel& kernel = active_kernel();
@@ -491,29 +524,24 @@ void run(ffi::ThreadPool pool, const Plan& plan, const Data<X, Y>& data) {
       parallel_for(pool, count, body);
     }
   };
-  if (plan.has_columns && rows == 1 && kernel.find_nonzero != nullptr) {
-    const auto room = static_cast<size_t>(plan.k_padded());
-    const std::unique_ptr<int32_t[]> input(new int32_t[room]);
-    const std::unique_ptr<int8_t[]> value(new int8_t[room]);
-    const int64_t count = kernel.find_nonzero(a.q.get(), plan.k_padded(), input.get(), value.get());
-    if (static_cast<double>(count) <= kSparseShare * static_cast<double>(plan.k)) {
-      const SparseRow x{input.get(), value.get(), (count + 3) / 4 * 4};
-      const auto tile = [&](int64_t number) { product.sparse_row(x, number); };
-      return each(column_tiles_of(plan.layout, plan.n), tile);
-    }
-  }
-  const auto body = [&](int64_t number) {
-    const int64_t row = number % item_chunks % row_chunks * chunk_rows;
-    const int64_t block = number % item_chunks / row_chunks * chunk_blocks;
-    const Chunk chunk{row, std::min(plan.m, row + chunk_rows), block,
-                      std::min(plan.row_blocks, block + chunk_blocks)};
-    if (streams) {
-      product.streamed_rows(number / item_chunks, chunk);
-    } else {
-      product.panelled_rows(number / item_chunks, chunk);
-    }
+  const auto by_rows = [&] {
+    each(items * item_chunks, [&](int64_t number) {
+      const int64_t row = number % item_chunks % row_chunks * chunk_rows;
+      const int64_t block = number % item_chunks / row_chunks * chunk_blocks;
+      const Chunk chunk{row, std::min(plan.m, row + chunk_rows), block,
+                        std::min(plan.row_blocks, block + chunk_blocks)};
+      if (streams) {
+        product.streamed_rows(number / item_chunks, chunk);
+      } else {
+        product.panelled_rows(number / item_chunks, chunk);
+      }
+    });
   };
-  each(items * item_chunks, body);
+  if (plan.has_columns && rows == 1 && kernel.find_nonzero != nullptr) {
+    run_row(product, each, by_rows);
+  } else {
+    by_rows();
+  }
 }
 
 // ---- entry points ------------------------------------------------------------------------------

@@ -26,6 +26,7 @@
 #include "buffer.h"
 #include "dispatch.h"
 #include "epilogue.h"
+#include "form_times.h"
 #include "kernel.h"
 #include "packed_format.h"
 #include "parallel.h"
@@ -1073,6 +1074,38 @@ void test_standby() {
   check(elsewhere == 0, "thread_limit of 1: the caller alone");
 }
 
+// Which form a product takes, by times that are given here.
+void test_form_times() {
+  // Of n calls at this count, how many go by columns, where these are the nanoseconds of either.
+  const auto columns_of = [](FormTimes& times, int n, int64_t nonzero, float rows, float input) {
+    int columns = 0;
+    for (int i = 0; i < n; ++i) {
+      const bool by_columns = times.by_columns(nonzero);
+      times.took(by_columns, nonzero, by_columns ? input * static_cast<float>(nonzero) : rows);
+      columns += by_columns ? 1 : 0;
+    }
+    return columns;
+  };
+  constexpr int kTry = FormTimes::kTryEvery;
+  FormTimes times;
+  check(columns_of(times, 1, 100, 1000, 5) == 0, "form times: rows first");
+  check(columns_of(times, 1, 100, 1000, 5) == 1, "form times: then columns");
+  check(columns_of(times, 10 * kTry, 100, 1000, 5) == 10 * (kTry - 1), "form times: the faster form");
+  check(columns_of(times, 10 * kTry, 300, 1000, 5) == 10, "form times: rows for more inputs");
+  columns_of(times, 30 * kTry, 100, 1000, 20);
+  check(columns_of(times, kTry, 100, 1000, 20) == 1, "form times: columns became slower");
+  columns_of(times, 30 * kTry, 100, 1000, 5);
+  check(columns_of(times, kTry, 100, 1000, 5) == kTry - 1, "form times: and faster again");
+  times.took(false, 100, 1e9F);  // held up
+  times.took(true, 100, 1e9F);
+  check(columns_of(times, kTry, 100, 1000, 5) == kTry - 1, "form times: a delay changes little");
+
+  FormTimesByShape shapes;
+  check(&shapes[1] == &shapes[1] && &shapes[1] != &shapes[2], "form times: each shape has its own");
+  for (uint64_t key = 3; key < 100; ++key) shapes[key].took(false, 1, 1);
+  check(&shapes[98] == &shapes[99] && &shapes[1] != &shapes[99], "form times: the last ones share");
+}
+
 template <typename Function>
 bool refuses(const Function& function) {
   try {
@@ -1123,6 +1156,7 @@ int run(const char* wanted_default) {
   test_loop();
   test_loop_waits();
   test_standby();
+  test_form_times();
   test_dispatch();
   std::vector<Kernel> kernels;
   for (const std::string& name : available_kernels()) {
