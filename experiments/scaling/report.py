@@ -22,6 +22,9 @@ from bitjax.cli import main as bitjax
 from bitjax.scaling.sweep import best_rate, read_sweeps
 from bitjax.scaling.table import Row, read_table
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from parity import parities
+
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 FIT_ARMS = ("float", "ternary")
@@ -94,6 +97,21 @@ def arms_table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def parity_table(rows: list[Row]) -> list[str]:
+    lines = [
+        "| N | D/N | loss | parameters | width | bytes, of bf16 | of int4 | joules |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for p in parities(rows, documents):
+        low, high = (p.factor * math.exp(sign * 1.96 * p.error) for sign in (-1, 1))
+        lines.append(
+            f"| {p.N:,} | {p.D / p.N:.0f} | {p.loss:.4f} | {p.factor:.2f} ({low:.2f}-{high:.2f}) | "
+            f"{math.sqrt(p.factor):.2f} | {p.bytes_of['bf16']:.2f} | {p.bytes_of['int4']:.2f} | "
+            f"{p.joules:.3f} |"
+        )
+    return lines
+
+
 def sweeps_table() -> list[str]:
     trials = read_sweeps(HERE / "sweeps.csv")
     lines = ["| size | arm | tokens | learning rate: loss | chosen |", "|---|---|---|---|---|"]
@@ -112,6 +130,11 @@ def main() -> int:
         f"{len(rows)} runs so far, {hours:.1f} hours of one core.", "",
         "Twins, nats per byte:", "", *twins_table(rows), "",
         "Other arms, against the float run of the same cell:", "", *arms_table(rows), "",
+        "A ternary model of the same loss as a float one, after the same tokens, by interpolation "
+        "between runs (`parity.py`): its parameters, width at the same depth, layers' bytes at 1.6 "
+        "bits and joules of the layers' arithmetic (modelled), each divided by the float model's; "
+        "95 % over held-out documents:",
+        "", *parity_table(rows), "",
         "Learning rates:", "", *sweeps_table(),
     ]  # fmt: skip
     readme = HERE / "README.md"
