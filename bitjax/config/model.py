@@ -145,6 +145,12 @@ class ModelConfig:
             return "activations='int4'"
         return "hadamard=true" if self.hadamard else None
 
+    @property
+    def has_integer_products(self) -> bool:
+        """Whether its layers' codes are such as `train.products='integer'` takes."""
+        quantized = self.weights != "float" and self.activations == "int8"
+        return quantized and self.weight_scale != "group"
+
     def is_float_layer(self, name: str) -> bool:
         """Whether `float_layers` names a linear layer, e.g. `blocks.0.attention.qkv`."""
         return any(fnmatchcase(name, pattern) for pattern in self.float_layers)

@@ -31,13 +31,11 @@ class RunConfig:
         )
         model, mesh = self.model, self.mesh
         require(
-            self.train.products == "xla"
-            or (model.activations == "int8" and model.weights != "float"
-                and model.weight_scale != "group"),
+            self.train.products == "xla" or model.has_integer_products,
             "train.products='integer' wants quantised weights with a scale a tensor or row, and "
             f"int8 activations; got model.weights={model.weights!r}, "
             f"model.weight_scale={model.weight_scale!r}, model.activations={model.activations!r}",
-        )  # fmt: skip
+        )
         require(
             self.train.products == "xla" or mesh.devices == 1,
             f"train.products='integer' runs on one device; the mesh has {mesh.devices}",

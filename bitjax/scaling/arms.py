@@ -53,11 +53,6 @@ class Arm:
     continued: bool = False
 
     @property
-    def has_integer_products(self) -> bool:
-        """Whether all its steps may have `train.products=integer`."""
-        return self.weights != "float" and self.activations == "int8" and not self.continued
-
-    @property
     def rate_of(self) -> str:
         """The arm whose sweep gives the learning rate; empty if nothing is trained."""
         return "" if self.rounded else "ternary" if self.continued else _name_of(self)
@@ -151,10 +146,12 @@ def configuration(
     )
     if arm.weights == "float":
         model = model.full_precision_twin()
+    # While quantisation warms up, as in a continual run, products are of real numbers.
+    exact = model.has_integer_products and not arm.continued
     train = dataclasses.replace(
         base.train, steps=steps, seed=seed, eval_every=0, keep_best=False, keep_checkpoints=1,
         log_every=max(1, steps // REPORTS), quantization_warmup_steps=0, start_from=start_from,
-        products=base.train.products if arm.has_integer_products else "xla",
+        products=base.train.products if exact else "xla",
     )  # fmt: skip
     if arm.continued:
         train = dataclasses.replace(
