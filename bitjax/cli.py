@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
             "--columns",
             action="store_true",
             help="store down projections by columns as well: decoding reads only those of non-zero "
-            "activations; the layers take a quarter more",
+            "activations, where that is faster; the layers take a quarter more",
         )
 
     def cache_argument(added: argparse.ArgumentParser, default: str | None) -> None:
