@@ -247,8 +247,8 @@ def with_columns(packed: PackedWeights) -> PackedWeights:
     """The same weights, stored by columns as well.
 
     A product of one row of activations then reads only the columns whose activation is not zero
-    after quantisation, where that is faster (ffi/form_times.h), and gives the same bits. That is for
-    matrices behind ReLU^2; the price is their size once more.
+    after quantisation, where that is faster (ffi/form_times.h), and gives the same bits. That is
+    for matrices behind ReLU^2; the price is their size once more.
 
     Raises:
         ValueError: not a ternary layout.
