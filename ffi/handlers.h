@@ -18,6 +18,7 @@ extern const Registration kAttentionRegistrations[2];
 extern const Registration kPagedRegistrations[2];
 extern const Registration kHeadRegistrations[1];
 extern const Registration kRowRegistrations[3];
+extern const Registration kSamplingRegistrations[1];
 extern const Registration kTrainingRegistrations[2];
 extern const Registration kTrainingAttentionRegistrations[2];
 

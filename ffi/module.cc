@@ -35,6 +35,7 @@ nb::dict registrations() {
   for (const bitjax::Registration& entry : bitjax::kPagedRegistrations) add(entry);
   for (const bitjax::Registration& entry : bitjax::kHeadRegistrations) add(entry);
   for (const bitjax::Registration& entry : bitjax::kRowRegistrations) add(entry);
+  for (const bitjax::Registration& entry : bitjax::kSamplingRegistrations) add(entry);
   for (const bitjax::Registration& entry : bitjax::kTrainingRegistrations) add(entry);
   for (const bitjax::Registration& entry : bitjax::kTrainingAttentionRegistrations) add(entry);
   return result;

@@ -16,7 +16,9 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Generator, Iterable, Iterator
+from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from bitjax.config import EngineConfig
@@ -24,7 +26,7 @@ from bitjax.engine.constraint import Constraints, Matcher
 from bitjax.engine.pages import PageStore, pages_for
 from bitjax.engine.request import Completion, Delta, Request, Sampling, TokenLogprob
 from bitjax.engine.runner import Runner
-from bitjax.engine.sampler import NOTHING_ALLOWED, Draw, Edits, ranks_for, sample
+from bitjax.engine.sampler import NOTHING_ALLOWED, Draw, Edits, plain_settings, ranks_for, sample
 from bitjax.engine.scheduler import Scheduler
 from bitjax.engine.sequence import Job, Sequence
 from bitjax.engine.sizing import sizes
@@ -50,6 +52,32 @@ class Stats:
     accepted: int = 0
     pages: int = 0
     pages_used: int = 0
+
+
+class Piece(NamedTuple):
+    """Rows of a step: so many tokens of a sequence, then its guesses."""
+
+    sequence: Sequence
+    size: int
+    first: int  # row
+
+
+@dataclasses.dataclass
+class Step:
+    """Rows that run, or have run.
+
+    Attributes:
+        pieces: row by row.
+        hidden_RxD: their final states, which may not be there yet.
+    """
+
+    pieces: list[Piece]
+    hidden_RxD: jax.Array
+
+    @property
+    def alive(self) -> list[Piece]:
+        """Those of sequences that have not ended since it began."""
+        return [piece for piece in self.pieces if not piece.sequence.reason]
 
 
 class Engine:
@@ -90,6 +118,7 @@ class Engine:
         self._jobs: dict[str, Job] = {}
         self._arrived: list[Job] = []
         self._counts = Stats()
+        self._ahead: Step | None = None  # begun before its tokens were known
 
     def load(self) -> None:
         """Compile, or read from the disk, all programs now, so that no request waits for one.
@@ -161,10 +190,13 @@ class Engine:
             self._arrived = []
             cancelled = [job for job in self._jobs.values() if job.cancelled]
         deltas = [delta for job in cancelled for delta in self._cancelled(job)]
-        plan = self._scheduler.plan()
-        if plan:
+        step, self._ahead = self._ahead, None
+        if step is None or not step.alive:
+            plan = self._scheduler.plan()
+            step = self._started(plan) if plan else None
+        if step is not None:
             self._counts.steps += 1
-            deltas += self._run(plan)
+            deltas += self._finished(step)
         return deltas
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
@@ -238,50 +270,79 @@ class Engine:
         sequence.matcher = None if matcher is None else matcher.copy()
         return sequence
 
-    def _run(self, plan: list[tuple[Sequence, int]]) -> list[Delta]:
-        """Run the rows of a plan, draw, and pass on."""
+    def _started(self, plan: list[tuple[Sequence, int]]) -> Step:
+        """Begin to run the rows of a plan."""
         tokens: list[int] = []
         positions: list[int] = []
         tables: list[int] = []
-        wanted: list[int] = []  # rows whose next token is drawn
-        draws: list[Draw] = []
-        drawing: list[tuple[Sequence, int]] = []  # and where its draws begin
+        pieces: list[Piece] = []
         for sequence, count in plan:
-            end = sequence.done + count
-            rows = sequence.tokens[sequence.done : end] + sequence.guesses
+            rows = sequence.tokens[sequence.done :][:count] + sequence.guesses
+            pieces.append(Piece(sequence, count, len(tokens)))
             tokens += rows
             positions += range(sequence.done, sequence.done + len(rows))
             tables += [sequence.table] * len(rows)
-            if end == len(sequence.tokens):
-                drawing.append((sequence, len(draws)))
-                first = len(tokens) - len(sequence.guesses) - 1
-                for draw in self._draws(sequence):
-                    draw.row = len(wanted)
-                    wanted.append(first + len(wanted) - drawing[-1][1])
-                    draws.append(draw)
-        hidden = self._runner.run(*(np.array(x, np.int32) for x in (tokens, positions, tables)))
-        drawn: list[int] = []
-        logprobs: list[TokenLogprob | None] = []
-        if draws:
-            ranks = [ranks_for(draw, self.vocab_size) for draw in draws]
-            masks = {i: draw.mask for i, draw in enumerate(draws) if draw.mask is not None}
-            logits = self._runner.logits(
-                hidden, np.array(wanted, np.int32), np.array(ranks, np.int32), masks
-            )
-            found, logprobs = sample(logits, draws)
-            drawn = found.tolist()
-        for sequence, count in plan:
+        return Step(
+            pieces, self._runner.run(*(np.array(x, np.int32) for x in (tokens, positions, tables)))
+        )
+
+    def _finished(self, step: Step) -> list[Delta]:
+        """Draw behind the rows of a step, and pass on."""
+        wanted: list[int] = []  # rows whose next token is drawn
+        draws: list[Draw] = []
+        drawing: list[tuple[Sequence, int]] = []  # and where its draws begin
+        for sequence, count, first in step.alive:
             self._store.extend(
                 sequence.pages, sequence.done, sequence.tokens[sequence.done :][:count]
             )
             if sequence.done < len(sequence.job.prompt):
                 self._counts.prompt_tokens += count
             sequence.done += count
+            if sequence.left == 0:
+                drawing.append((sequence, len(draws)))
+                for row, draw in enumerate(self._draws(sequence), first + count - 1):
+                    draw.row = len(wanted)
+                    wanted.append(row)
+                    draws.append(draw)
+        drawn, logprobs = self._drawn(step, wanted, draws) if draws else ([], [])
         deltas = []
         for sequence, first in drawing:
             end = first + 1 + len(sequence.guesses)
             deltas.append(self._advance(sequence, drawn[first:end], logprobs[first:end]))
         return deltas
+
+    def _drawn(
+        self, step: Step, wanted: list[int], draws: list[Draw]
+    ) -> tuple[list[int], list[TokenLogprob | None]]:
+        """Tokens, and log-probabilities asked for, of the wanted rows of a step."""
+        ranks = np.array([ranks_for(draw, self.vocab_size) for draw in draws], np.int32)
+        if self._may_run_ahead(step, draws):
+            tokens_R = self._runner.draw(step.hidden_RxD, ranks, *plain_settings(draws))
+            sequences = [piece.sequence for piece in step.pieces]
+            positions = np.array([sequence.done for sequence in sequences], np.int32)
+            tables = np.array([sequence.table for sequence in sequences], np.int32)
+            hidden_RxD = self._runner.run(tokens_R, positions, tables)
+            self._ahead = Step([Piece(s, 1, row) for row, s in enumerate(sequences)], hidden_RxD)
+            return np.asarray(tokens_R)[: len(draws)].tolist(), [None] * len(draws)
+        masks = {i: draw.mask for i, draw in enumerate(draws) if draw.mask is not None}
+        logits = self._runner.logits(step.hidden_RxD, np.array(wanted, np.int32), ranks, masks)
+        found, logprobs = sample(logits, draws)
+        return found.tolist(), logprobs
+
+    def _may_run_ahead(self, step: Step, draws: list[Draw]) -> bool:
+        """Whether the next step may begin before the tokens of this one are known.
+
+        The machine computes then while Python works. Where a sequence turns out to end, its row
+        of the next step was for nothing.
+        """
+        pieces = step.pieces
+        return (
+            self._runner.draws
+            and len(draws) == len(pieces) == len(step.alive) == len(self._scheduler.running)
+            and all(piece.size == 1 and not piece.sequence.guesses for piece in pieces)
+            and all(draw.plain for draw in draws)
+            and self._scheduler.ahead([piece.sequence for piece in pieces])
+        )
 
     def _draws(self, sequence: Sequence) -> Iterator[Draw]:
         """What is to be drawn behind its tokens, and behind each guess as if it were right."""

@@ -42,14 +42,11 @@ class Lookup:
 
     def worth(self, rows: int) -> bool:
         """Whether to guess in a step of so many rows."""
-        self._idle += 1
-        if self.right < pays(rows) and self._idle < TRIED:
-            return False
-        self._idle = 0
-        return True
+        return self.right >= pays(rows) or self._idle >= TRIED
 
     def learn(self, guessed: int, right: int) -> None:
-        """So many of the guesses were right."""
+        """So many of a step's guesses were right."""
+        self._idle = 0 if guessed else self._idle + 1
         if guessed:
             self.right += MEMORY * (right / guessed - self.right)
 

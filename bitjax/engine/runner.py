@@ -21,6 +21,7 @@ from bitjax.config import CacheDType
 from bitjax.infer.programs import Program
 from bitjax.model import Cache, KVCache, Transformer
 from bitjax.model.layers import rotary_angles, rotary_frequencies
+from bitjax.ops import ffi
 from bitjax.ops.rows import PAGE, Rows
 
 BUCKETS = (1, 8, 32, 128, 512, 2048)  # rows of a program
@@ -36,6 +37,10 @@ class Runner:
         pages: how many.
         tables: sequences that run together at most.
         context: tokens that a sequence may have.
+
+    Attributes:
+        tables_QxN: int32, the pages of each sequence that runs.
+        draws: whether there is `draw`, a custom call on CPU.
     """
 
     def __init__(
@@ -47,7 +52,9 @@ class Runner:
         self.tables_QxN = np.zeros((tables, -(-context // PAGE)), np.int32)
         self._run = Program(functools.partial(_run, tree), donate=1)
         self._head = Program(functools.partial(_head, tree))
+        self._draw = Program(functools.partial(_draw, tree))
         self._copy = Program(_copy, donate=0)
+        self.draws = ffi.available() and jax.local_devices()[0].platform == "cpu"
         self._screened = model.screen is not None
         self._compiled: dict[Any, Callable[..., Any]] = {}
         make = Program(lambda: model.empty_cache(pages, PAGE, cache_dtype))
@@ -60,17 +67,45 @@ class Runner:
         ]
         self._turns_Sxh = jnp.asarray(np.concatenate(turns))
 
-    def run(self, tokens: np.ndarray, positions: np.ndarray, sequences: np.ndarray) -> jax.Array:
-        """Run tokens of sequences, whose pages `tables_QxN` has; all int32 `[rows]`.
+    def run(
+        self, tokens: np.ndarray | jax.Array, positions: np.ndarray, sequences: np.ndarray
+    ) -> jax.Array:
+        """Run tokens of sequences, whose pages `tables_QxN` has; int32 `[rows]`.
+
+        Args:
+            tokens: numbers, or the result of `draw` for as many rows, which need not be there yet.
+            positions: in their sequences.
+            sequences: rows of `tables_QxN`.
 
         Returns:
             Final hidden states of at least so many rows.
         """
-        count = len(tokens)
-        rows_3xR = np.zeros((3, bucket(count)), np.int32)
-        rows_3xR[0, :count], rows_3xR[1, :count], rows_3xR[2, :count] = tokens, positions, sequences
-        hidden_RxD, self._cache = self._extend(rows_3xR.shape[1])(*self._operands(rows_3xR, count))
+        count = len(positions)
+        size = bucket(count)
+        if isinstance(tokens, np.ndarray):
+            tokens = padded(tokens, size)
+        places_2xR = np.zeros((2, size), np.int32)
+        places_2xR[0, :count], places_2xR[1, :count] = positions, sequences
+        operands = self._operands(tokens, places_2xR, count)
+        hidden_RxD, self._cache = self._extend(size)(*operands)
         return hidden_RxD
+
+    def draw(
+        self, hidden_RxD: jax.Array, ranks: np.ndarray, floats: np.ndarray, integers: np.ndarray
+    ) -> jax.Array:
+        """Tokens int32 that follow the first rows of hidden states, which need not be there yet.
+
+        Args:
+            hidden_RxD: of `run` for as many rows.
+            ranks: int32, how many of the largest logits of each shall be exact.
+            floats, integers: settings, see `ops.ffi.sample_rows`.
+        """
+        size, count = len(hidden_RxD), len(ranks)
+        operands = (
+            hidden_RxD, padded(ranks, size), np.array([count], np.int32), padded(floats, size),
+            padded(integers, size),
+        )  # fmt: skip
+        return self._drawer(operands)(self.leaves, *operands)
 
     def logits(
         self,
@@ -91,8 +126,7 @@ class Runner:
         size = bucket(count)
         hidden_SxD = np.zeros((size, hidden_RxD.shape[1]), hidden_RxD.dtype)
         hidden_SxD[:count] = np.asarray(hidden_RxD)[rows]
-        ranks_S = np.zeros(size, np.int32)
-        ranks_S[:count] = ranks
+        ranks_S = padded(ranks, size)
         allowed_SxW = None
         if masks and self._screened:
             words = len(next(iter(masks.values())))
@@ -109,23 +143,32 @@ class Runner:
         """
         for size in buckets(rows):
             self._extend(size)
-        one = self._operands(np.zeros((3, 1), np.int32), 0)
+        one = self._operands(np.zeros(1, np.int32), np.zeros((2, 1), np.int32), 0)
         hidden_1xD = self._run.shapes(*one)[0]
         for size in buckets(wanted):
             hidden_SxD = np.zeros((size, hidden_1xD.shape[1]), hidden_1xD.dtype)
-            self._choose((hidden_SxD, np.zeros(size, np.int32), np.zeros(1, np.int32), None))
+            head = hidden_SxD, np.zeros(size, np.int32), np.zeros(1, np.int32)
+            self._choose((*head, None))
+            if self.draws:
+                self._drawer(
+                    (*head, np.zeros((size, 3), np.float32), np.zeros((size, 8), np.uint32))
+                )
         self._copy.compiled(self._cache, np.zeros(2, np.int32))
 
-    def _operands(self, rows_3xR: np.ndarray, count: int) -> tuple[Any, ...]:
+    def _operands(
+        self, tokens_R: np.ndarray | jax.Array, places_2xR: np.ndarray, count: int
+    ) -> tuple[Any, ...]:
         # JAX may read an array in place, after this call: the next step changes the tables.
         tables_QxN, count_1 = self.tables_QxN.copy(), np.array([count], np.int32)
-        return self.leaves, self._cache, rows_3xR, tables_QxN, count_1, self._turns_Sxh
+        return (
+            self.leaves, self._cache, tokens_R, places_2xR, tables_QxN, count_1, self._turns_Sxh,
+        )  # fmt: skip
 
     def _extend(self, size: int) -> Callable[..., Any]:
         """The program that runs so many rows."""
         key = "run", size
         if key not in self._compiled:
-            operands = self._operands(np.zeros((3, size), np.int32), 0)
+            operands = self._operands(np.zeros(size, np.int32), np.zeros((2, size), np.int32), 0)
             self._compiled[key] = self._run.compiled(*operands)
         return self._compiled[key]
 
@@ -134,6 +177,13 @@ class Runner:
         key = "head", len(operands[0]), operands[-1] is None
         if key not in self._compiled:
             self._compiled[key] = self._head.compiled(self.leaves, *operands)
+        return self._compiled[key]
+
+    def _drawer(self, operands: tuple[Any, ...]) -> Callable[..., Any]:
+        """The program that draws for so many rows."""
+        key = "draw", len(operands[0])
+        if key not in self._compiled:
+            self._compiled[key] = self._draw.compiled(self.leaves, *operands)
         return self._compiled[key]
 
     def copy(self, source: int, target: int) -> None:
@@ -155,6 +205,13 @@ def bucket(rows: int) -> int:
     return BUCKETS[index] if index < len(BUCKETS) else -(-rows // BUCKETS[-1]) * BUCKETS[-1]
 
 
+def padded(x: np.ndarray, size: int) -> np.ndarray:
+    """x with rows of zeros behind it, `size` in all."""
+    result = np.zeros((size, *x.shape[1:]), x.dtype)
+    result[: len(x)] = x
+    return result
+
+
 def page_bytes(model: Transformer, cache_dtype: CacheDType | None) -> int:
     """Of all layers."""
     shapes = jax.eval_shape(lambda: model.empty_cache(1, PAGE, cache_dtype))
@@ -165,13 +222,14 @@ def _run(
     tree: Any,
     leaves: list[Any],
     cache: Cache,
-    rows_3xR: jax.Array,
+    tokens_R: jax.Array,
+    places_2xR: jax.Array,
     tables_QxN: jax.Array,
     count_1: jax.Array,
     turns_Sxh: jax.Array,
 ) -> tuple[jax.Array, Cache]:
     model: Transformer = nnx.merge(*jax.tree.unflatten(tree, leaves))
-    tokens_R, positions_R, sequences_R = rows_3xR
+    positions_R, sequences_R = places_2xR
     rows = Rows(positions_R, sequences_R, tables_QxN, turns_Sxh[positions_R], count_1)
     return model.extend_rows(tokens_R, rows, cache)
 
@@ -186,6 +244,19 @@ def _head(
 ) -> jax.Array:
     model: Transformer = nnx.merge(*jax.tree.unflatten(tree, leaves))
     return model.logits_of_rows(hidden_SxD, ranks_S, count_1, allowed_SxW)
+
+
+def _draw(
+    tree: Any,
+    leaves: list[Any],
+    hidden_RxD: jax.Array,
+    ranks_R: jax.Array,
+    count_1: jax.Array,
+    floats_Rx3: jax.Array,
+    integers_Rx8: jax.Array,
+) -> jax.Array:
+    logits_RxV = _head(tree, leaves, hidden_RxD, ranks_R, count_1, None)
+    return ffi.sample_rows(logits_RxV, floats_Rx3, integers_Rx8, count_1)
 
 
 def _copy(cache: Cache, pages_2: jax.Array) -> Cache:

@@ -89,6 +89,11 @@ class Draw:
     edits: tuple[np.ndarray, np.ndarray] | None = None
     mask: np.ndarray | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Whether nothing but the logits and the noise decides, and only the token is asked for."""
+        return self.edits is None and self.mask is None and self.sampling.logprobs is None
+
 
 def ranks_for(draw: Draw, vocab: int) -> int:
     """How many of the largest logits must be exact for the draw to be.
@@ -111,6 +116,16 @@ def ranks_for(draw: Draw, vocab: int) -> int:
     if draw.mask is not None and s.logprobs is not None:
         ranks = vocab  # which counts what is allowed alone; the likeliest need not be
     return min(ranks, vocab)
+
+
+def plain_settings(draws: list[Draw]) -> tuple[np.ndarray, np.ndarray]:
+    """Settings of plain draws as `ops.ffi.sample_rows` takes them: `[draws, 3]`, `[draws, 8]`."""
+    floats, integers = np.empty((len(draws), 3), np.float32), np.empty((len(draws), 4), np.uint64)
+    for i, draw in enumerate(draws):
+        s = draw.sampling
+        floats[i] = s.temperature, s.top_p, s.min_p
+        integers[i] = s.top_k, s.seed, draw.sample, draw.position
+    return floats, integers.astype("<u8").view("<u4").astype(np.uint32)
 
 
 def sample(

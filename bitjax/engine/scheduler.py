@@ -74,6 +74,19 @@ class Scheduler:
                 budget -= count
         return [entry for entry in plan if entry[0].table >= 0]
 
+    def ahead(self, sequences: list[Sequence]) -> bool:
+        """Whether those that run may run on before their next tokens are known; then with pages.
+
+        Not where another could join, where one may end with its next token, or where guesses may
+        pay: they begin with what that token is.
+        """
+        if (self.waiting and self._tables) or any(sequence.room <= 1 for sequence in sequences):
+            return False
+        if any(self._guesses_of(sequence, len(sequences)) for sequence in sequences):
+            return False
+        needed = sum(pages_for(s.done + 1) - len(s.pages) for s in sequences)
+        return needed <= self.store.available and all(self._provide(s, 1) for s in sequences)
+
     def finish(self, sequence: Sequence) -> None:
         """Give up what it holds; it does not run again."""
         if sequence.table >= 0:
@@ -169,11 +182,14 @@ class Scheduler:
         rows = len(generating)
         for sequence in generating:
             sequence.guesses = []
-            spare = self.config.lookup_rows - rows
-            if sequence.lookup is None or spare <= 0 or len(generating) < len(self.running):
-                continue
-            if not sequence.lookup.worth(rows):
-                continue
-            most = min(self.config.lookup, spare, sequence.room - 1)
-            sequence.guesses = sequence.lookup.guess(sequence.tokens, most)
+            if len(generating) == len(self.running):
+                sequence.guesses = self._guesses_of(sequence, rows)
             rows += len(sequence.guesses)
+
+    def _guesses_of(self, sequence: Sequence, rows: int) -> list[int]:
+        """What may follow its tokens, in a step that has so many rows."""
+        spare = self.config.lookup_rows - rows
+        if sequence.lookup is None or spare <= 0 or not sequence.lookup.worth(rows):
+            return []
+        most = min(self.config.lookup, spare, sequence.room - 1)
+        return sequence.lookup.guess(sequence.tokens, most)

@@ -334,6 +334,23 @@ def sample(logits: np.ndarray, *operands: np.ndarray) -> None:
     load().sample(logits, *operands)
 
 
+def sample_rows(
+    logits_RxV: jax.Array, floats_Rx3: jax.Array, integers_Rx8: jax.Array, count_1: jax.Array
+) -> jax.Array:
+    """`sample` in a program: tokens int32 `[R]` of the first `count` rows, as no edit changes them.
+
+    Operands as of `bitjax_sample` in ffi/handlers_sampling.cc.
+
+    Raises:
+      ValueError: when the program runs, shapes or dtypes that do not fit.
+      ModuleNotFoundError: the extension is not installed.
+    """
+    load()
+    shape = jax.ShapeDtypeStruct((len(logits_RxV),), jnp.int32)
+    call = jax.ffi.ffi_call("bitjax_sample", shape, vmap_method="sequential")
+    return call(logits_RxV, floats_Rx3, integers_Rx8, count_1)
+
+
 def noise(seed: int, sample: int, position: int) -> float:
     """The number in (0, 1) that decides the token of this position; see ffi/sampling.h."""
     return float(load().noise(seed, sample, position))

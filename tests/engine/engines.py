@@ -73,8 +73,8 @@ def watched(engine):
 
     Behind a wrong guess a row is computed for nothing; its position is drawn again, and counts.
     """
-    rows = {}
-    original = engine_module.sample
+    rows, runner, settings = {}, engine._runner, []
+    original, plain_settings = engine_module.sample, engine_module.plain_settings
 
     def sample(logits, draws):
         for draw in draws:
@@ -82,11 +82,25 @@ def watched(engine):
             rows[draw.sampling.seed, draw.sample, draw.position] = digest
         return original(logits, draws)
 
-    engine_module.sample = sample
+    def kept_settings(draws):
+        settings[:] = draws
+        return plain_settings(draws)
+
+    def draw(hidden, ranks, *operands):
+        """Tokens drawn by a program, which hands out no logits: those of the other program."""
+        drawn = type(runner).draw(runner, hidden, ranks, *operands)
+        logits = runner.logits(hidden, np.arange(len(ranks), dtype=np.int32), ranks)
+        expected, _ = sample(logits, settings)
+        np.testing.assert_array_equal(np.asarray(drawn)[: len(ranks)], expected)
+        return drawn
+
+    engine_module.sample, engine_module.plain_settings = sample, kept_settings
+    runner.draw = draw
     try:
         yield rows
     finally:
-        engine_module.sample = original
+        engine_module.sample, engine_module.plain_settings = original, plain_settings
+        del runner.draw
 
 
 def what(completion):

@@ -3,6 +3,7 @@
 That company, sizes and guesses change nothing is tests/engine/test_reproducible.py's.
 """
 
+import contextlib
 import dataclasses
 import threading
 
@@ -270,6 +271,97 @@ def test_cancelling(engine):
     assert 0 < len(late.tokens) < 12
     assert late.tokens == wanted[0].tokens[: len(late.tokens)]
     assert done["good"].choices == wanted
+
+
+@contextlib.contextmanager
+def begun_early(engine):
+    """How many sequences each step ran that began before its tokens were known."""
+    begun, runner = [], engine._runner
+
+    def draw(hidden, ranks, *settings):
+        begun.append(len(ranks))
+        return type(runner).draw(runner, hidden, ranks, *settings)
+
+    runner.draw = draw
+    try:
+        yield begun
+    finally:
+        del runner.draw
+
+
+def in_turn(engine, *requests):
+    """What requests give where every step waits for the tokens of the one before."""
+    engine._runner.draws = False
+    try:
+        return {name: c.choices for name, c in complete(engine, *requests).items()}
+    finally:
+        engine._runner.draws = True
+
+
+def test_steps_begin_before_their_tokens_are_known(engine):
+    settings = [
+        {"temperature": 0}, {"temperature": 0.9, "seed": 2**31 + 5}, {"top_k": 3, "n": 2},
+        {"top_p": 0.7, "min_p": 0.1},
+    ]  # fmt: skip
+    requests = [
+        Request(
+            f"{i}", "abc" * i + "d", Sampling(max_new_tokens=70 + 5 * i, lookup=False, **chosen)
+        )
+        for i, chosen in enumerate(settings)
+    ]
+    wanted = in_turn(engine, *requests)
+    with begun_early(engine) as begun:
+        done = complete(engine, *requests)
+    assert {name: c.choices for name, c in done.items()} == wanted
+    assert begun.count(5) > 60  # samples, while all of them run
+    assert begun.count(1) == 4  # the last one, alone, but for its last token
+
+
+def test_a_text_that_ends_while_its_next_step_runs(engine):
+    """By a stop string, or cancelled; those beside it and those that come then do not notice."""
+    plain = {"temperature": 0.8, "max_new_tokens": 30, "lookup": False}
+    text = only(engine, "one", Sampling(**plain)).choices[0].text
+    requests = [
+        Request("stops", "one", Sampling(stop=(text[9:12],), **plain)),
+        Request("cancelled", "two", Sampling(seed=1, **plain)),
+        Request("stays", "three", Sampling(seed=2, **plain)),
+        Request("comes", "four", Sampling(seed=3, **plain)),
+    ]
+    wanted = in_turn(engine, *requests)
+    assert wanted["stops"][0].text == text[: text.index(text[9:12])]
+    done = {}
+    with begun_early(engine) as begun:
+        for request in requests[:3]:
+            engine.submit(request)
+        for step in range(100):
+            if step == 20:
+                engine.cancel("cancelled")
+            if step == 21:
+                engine.submit(requests[3])
+            done |= {d.id: d.completion.choices for d in engine.step() if d.completion}
+    assert begun.count(3) > 3
+    assert begun.count(2) > 3
+    for name in ("stops", "stays", "comes"):
+        assert done[name] == wanted[name]
+    tokens = done["cancelled"][0].tokens
+    assert 0 < len(tokens) < 30
+    assert tokens == wanted["cancelled"][0].tokens[: len(tokens)]
+
+
+def test_where_guesses_may_pay_tokens_are_waited_for(engine):
+    with begun_early(engine) as begun:
+        done = only(engine, "abcdefgh" * 6, dataclasses.replace(GREEDY, max_new_tokens=60))
+    assert done.usage.accepted > 0
+    assert len(begun) < 60 - done.usage.accepted
+
+
+@pytest.mark.parametrize(
+    "changes", [{"logprobs": 1}, {"presence_penalty": 0.3}, {"logit_bias": {5: 1.0}}], ids=str
+)
+def test_what_changes_or_asks_for_logits_is_drawn_from_them(engine, changes):
+    with begun_early(engine) as begun:
+        only(engine, "a", dataclasses.replace(GREEDY, lookup=False, **changes))
+    assert begun == []
 
 
 def test_threads_may_submit_and_cancel(engine):

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from engines import CONTEXT, changed, model_of
 
+from bitjax.engine import Sampling
 from bitjax.engine.runner import Runner
+from bitjax.engine.sampler import Draw, plain_settings
 from bitjax.ops import ffi
 from bitjax.ops.rows import PAGE
 
@@ -45,13 +47,17 @@ def test_loaded_programs_are_all_that_run_and_head_need():
     runner = Runner(changed(model_of("int4"), impl="ffi"), None, 6, 2, CONTEXT)
     runner.tables_QxN[0] = 0, 1, 2
     runner.load(rows=40, wanted=9)
-    before = len(runner._run), len(runner._head), len(runner._copy)
-    assert before == (4, 3, 1)  # 1, 8, 32 and 128 rows; heads of 1, 8 and 32
+    programs = runner._run, runner._head, runner._draw, runner._copy
+    before = [len(program) for program in programs]
+    assert before == [4, 3, 3, 1]  # 1, 8, 32 and 128 rows; heads of 1, 8 and 32
     for rows in (1, 2, 8, 33, 40):
         zeros = np.zeros(rows, np.int32)
         hidden = runner.run(zeros, np.arange(rows, dtype=np.int32), zeros)
         for wanted in {1, min(rows, 9)}:
             chosen = np.arange(wanted, dtype=np.int32)
             runner.logits(hidden, chosen, np.ones(wanted, np.int32))
+        if rows <= 9:
+            draws = [Draw(0, Sampling(), 0, row) for row in range(rows)]
+            runner.draw(hidden, np.ones(rows, np.int32), *plain_settings(draws))
     runner.copy(0, 3)
-    assert (len(runner._run), len(runner._head), len(runner._copy)) == before
+    assert [len(program) for program in programs] == before

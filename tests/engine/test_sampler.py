@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from bitjax.engine.sampler import (
     NOTHING_ALLOWED,
     Draw,
     Edits,
+    plain_settings,
     ranks_for,
     sample,
 )
@@ -183,6 +186,48 @@ def test_a_row_does_not_know_its_company():
     assert together.tolist() == backwards[::-1].tolist() == single.tolist()
     assert together.tolist() == [int(tokens[0]) for tokens, _ in one_by_one]
     assert about == [found[0] for _, found in one_by_one]
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 9000, 300_000])
+def test_a_program_draws_the_same(vocab):
+    """`ops.ffi.sample_rows`, also of fewer rows than there are, beside logits that are none."""
+    rng = np.random.default_rng(vocab)
+    logits = (3 * rng.standard_normal((12, vocab))).astype(np.float32)
+    logits[4, vocab // 2] = np.nan
+    big = {"seed": 2**32 - 1, "top_k": 2**31 - 1}
+    changes = [*FILTERS, {"temperature": 0.0}, big, {"temperature": 0.0, "seed": 7}]
+    draws = [
+        Draw(row, Sampling(**{"seed": row, **changed}), row % 3, 2**33 + row)
+        for row, changed in enumerate(changes)
+    ]
+    expected, _ = sample(logits, draws)
+    assert expected[4] == NOT_FINITE
+    program = jax.jit(ffi.sample_rows)
+    for count in (12, 5, 0):
+        drawn = program(logits, *plain_settings(draws), np.array([count], np.int32))
+        np.testing.assert_array_equal(drawn[:count], expected[:count])
+
+
+@pytest.mark.parametrize(
+    ("place", "operand", "message"),
+    [
+        (0, np.zeros((2, 0), np.float32), "logits"),
+        (0, np.zeros((3, 9), np.float32), "floats"),
+        (1, np.zeros((2, 6), np.float32), "floats"),
+        (2, np.zeros((2, 7), np.uint32), "integers"),
+        (2, np.zeros((2, 8), np.int32), "integers"),
+        (3, np.zeros(2, np.int32), "rows"),
+        (3, np.zeros(1, np.float32), "rows"),
+    ],
+)
+def test_operands_that_do_not_fit(place, operand, message):
+    operands = [
+        np.zeros((2, 9), np.float32), np.zeros((2, 3), np.float32), np.zeros((2, 8), np.uint32),
+        np.array([2], np.int32),
+    ]  # fmt: skip
+    operands[place] = operand
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"bitjax_sample: {message}"):
+        jax.block_until_ready(ffi.sample_rows(*map(jnp.asarray, operands)))
 
 
 def test_noise():
